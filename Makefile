@@ -1,0 +1,87 @@
+# Every target makes the environment that it needs. `make` alone lists the targets.
+
+PYTHON ?= python3
+
+VENV := .venv
+TORCH := torch==2.14.1 torchvision==0.29.1
+VENV_OLDEST := .venv-oldest
+# the lower bound in pyproject.toml
+TORCH_OLDEST := torch==2.13.0
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help lint format test test-oldest test-slow data demo bench clean
+# two environments at once would write the same build files
+.NOTPARALLEL:
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+lint: $(VENV)/.installed  ## ruff and mypy; changes nothing
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.installed  ## sort imports, fix what ruff can fix, and format
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+test: $(VENV)/.installed  ## the fast tests
+	$(VENV)/bin/python -m pytest
+
+# without torchvision: what PyPI has does not import beside every build of the oldest torch
+test-oldest: $(VENV_OLDEST)/.installed  ## the fast tests with the oldest supported torch
+	$(VENV_OLDEST)/bin/python -m pytest -m "not slow and not torchvision"
+
+test-slow: $(VENV)/.installed  ## the slow tests; run `make data` first
+	$(VENV)/bin/python -m pytest -m slow
+
+demo: $(VENV)/.installed  ## quantize a small network and show its report
+	$(VENV)/bin/lightning-quant demo
+
+bench: $(VENV)/.installed  ## accuracy of float and int8; run `make data` first
+	$(VENV)/bin/python benchmarks/accuracy.py
+
+clean:  ## remove caches and outputs; environments and data stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf lightning_logs quantized demo_quantized
+	find . \( -name '.venv*' -o -name .git \) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ---- environments
+
+$(VENV)/.installed: REQUIREMENTS := $(TORCH)
+$(VENV_OLDEST)/.installed: REQUIREMENTS := $(TORCH_OLDEST)
+
+# torch first, so that the second command finds it and picks no other
+$(VENV)/.installed $(VENV_OLDEST)/.installed: pyproject.toml
+	@$(@D)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q $(REQUIREMENTS)
+	$(@D)/bin/python -m pip install -q -e '.[dev]'
+	@touch $@
+
+# ---- Fashion-MNIST: installed for the system, or unpacked here from Debian's package without installing it
+
+PACKAGE := dataset-fashion-mnist
+LOCAL_DATA := .data/fashion-mnist
+DATA := $(firstword $(wildcard /usr/share/datasets/fashion-mnist) $(LOCAL_DATA))
+
+data: $(DATA)  ## fetch Fashion-MNIST, unless it is there
+	@echo "Fashion-MNIST: $(DATA)"
+
+# a package list that is missing or old knows no file to download: only root may renew it
+$(LOCAL_DATA):
+	@set -eu; \
+	mkdir -p $(@D); \
+	folder=$$(mktemp -d "$(CURDIR)/$(@D)/download.XXXXXX"); \
+	trap 'rm -rf "$$folder"' EXIT; \
+	download() { (cd "$$folder" && apt-get download -q -o APT::Sandbox::User=root $(PACKAGE)); }; \
+	update() { [ "$$(id -u)" -eq 0 ] && apt-get update -q; }; \
+	if ! { download || { update && download; }; }; then \
+		echo "make data: apt-get cannot download $(PACKAGE), the Debian and Ubuntu package of Fashion-MNIST." >&2; \
+		echo "Run 'apt-get update' as root and try again. Where there is no apt-get, put the four files" >&2; \
+		echo "{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz in $(LOCAL_DATA)." >&2; \
+		exit 1; \
+	fi; \
+	dpkg-deb -x "$$folder"/$(PACKAGE)_*.deb "$$folder"; \
+	mv "$$folder/usr/share/datasets/fashion-mnist" $@

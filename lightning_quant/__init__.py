@@ -1,0 +1,42 @@
+"""Quantize any LightningModule to int8 with one callback: calibrated or trained, verified, exported."""
+
+from lightning_quant.analysis.coverage import Coverage, LayerRow, coverage
+from lightning_quant.backends import convert, prepare
+from lightning_quant.callbacks import PostTrainingQuantization, QuantizationAwareTraining
+from lightning_quant.config import ExportConfig, QuantConfig, TensorSpec
+from lightning_quant.errors import (
+    ArtifactError,
+    CalibrationError,
+    CaptureError,
+    ConfigError,
+    ExportError,
+    MissingExtraError,
+    QuantizationError,
+)
+from lightning_quant.exporters import export
+from lightning_quant.report import FormatReport, QuantReport
+from lightning_quant.runtime import load
+
+__all__ = [
+    "ArtifactError",
+    "CalibrationError",
+    "CaptureError",
+    "ConfigError",
+    "Coverage",
+    "ExportConfig",
+    "ExportError",
+    "FormatReport",
+    "LayerRow",
+    "MissingExtraError",
+    "PostTrainingQuantization",
+    "QuantConfig",
+    "QuantReport",
+    "QuantizationAwareTraining",
+    "QuantizationError",
+    "TensorSpec",
+    "convert",
+    "coverage",
+    "export",
+    "load",
+    "prepare",
+]

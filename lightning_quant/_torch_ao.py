@@ -1,0 +1,127 @@
+"""Every import from ``torch.ao`` that upstream may delete. Nobody else in the package imports torch.ao.
+
+``torch.ao.quantization`` announces its removal on import of some names and on every call of others. What is
+suppressed here is that announcement alone, and the one about quantized tensor dtypes: see :func:`quiet`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+try:
+    import torch.ao.nn.quantized.reference as reference_modules
+    import torch.ao.nn.quantized.dynamic as dynamic_modules
+    import torch.ao.quantization.fx._decomposed  # noqa: F401 - registers torch.ops.quantized_decomposed
+    from torch.ao.nn.intrinsic import _FusedModule as FusedModule
+    from torch.ao.nn.intrinsic.qat.modules.conv_fused import _ConvBnNd as QatConvBn
+    from torch.ao.nn.intrinsic.qat.modules.linear_fused import LinearBn1d as QatLinearBn1d
+    from torch.ao.quantization import (
+        FakeQuantizeBase,
+        FusedMovingAvgObsFakeQuantize,
+        HistogramObserver,
+        MinMaxObserver,
+        MovingAverageMinMaxObserver,
+        MovingAveragePerChannelMinMaxObserver,
+        ObserverBase,
+        PerChannelMinMaxObserver,
+        PlaceholderObserver,
+        QConfig,
+        QConfigMapping,
+    )
+    from torch.ao.quantization.backend_config import (
+        BackendConfig,
+        get_fbgemm_backend_config,
+        get_native_backend_config,
+        get_onednn_backend_config,
+        get_qnnpack_backend_config,
+    )
+    from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
+    from torch.ao.quantization.fx.fuse import fuse as fuse_graph
+    from torch.ao.quantization.fx.prepare import prepare as prepare_graph
+    from torch.ao.quantization.fx.tracer import QuantizationTracer
+    from torch.ao.quantization.qconfig_mapping import get_default_qat_qconfig_mapping, get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import (
+        _attach_meta_to_node_if_not_exist as attach_node_meta,
+    )
+    from torch.ao.quantization.quantize_fx import (
+        _convert_fx as convert_graph,
+    )
+    from torch.ao.quantization.quantize_fx import (
+        _swap_ff_with_fxff as swap_float_functional,
+    )
+except ImportError as error:  # pragma: no cover - no such torch exists yet
+    raise ImportError(
+        f"torch {torch.__version__} no longer has torch.ao.quantization ({error.name}). "
+        "The fx backend needs torch 2.13 to 2.14: pip install 'torch<2.15'."
+    ) from error
+
+#: The recurrent layers whose weights are int8.
+RECURRENT_MODULES = (
+    dynamic_modules.LSTM,
+    dynamic_modules.GRU,
+    dynamic_modules.LSTMCell,
+    dynamic_modules.GRUCell,
+    dynamic_modules.RNNCell,
+)
+
+__all__ = [
+    "RECURRENT_MODULES",
+    "BackendConfig",
+    "FakeQuantizeBase",
+    "FusedModule",
+    "FusedMovingAvgObsFakeQuantize",
+    "HistogramObserver",
+    "MinMaxObserver",
+    "MovingAverageMinMaxObserver",
+    "MovingAveragePerChannelMinMaxObserver",
+    "ObserverBase",
+    "PerChannelMinMaxObserver",
+    "PlaceholderObserver",
+    "PrepareCustomConfig",
+    "QConfig",
+    "QConfigMapping",
+    "QatConvBn",
+    "QatLinearBn1d",
+    "QuantizationTracer",
+    "attach_node_meta",
+    "convert_graph",
+    "fuse_graph",
+    "get_default_qat_qconfig_mapping",
+    "get_default_qconfig_mapping",
+    "get_fbgemm_backend_config",
+    "get_native_backend_config",
+    "get_onednn_backend_config",
+    "get_qnnpack_backend_config",
+    "prepare_graph",
+    "quiet",
+    "reference_modules",
+    "swap_float_functional",
+]
+
+#: The announcements that a user of this package can do nothing about, by the start of their text.
+DEPRECATIONS = (
+    "torch.ao.quantization is deprecated",
+    r"`?torch\.jit\.",
+    "torch.quantize_per_tensor",
+    r".*quint8.*deprecated",
+    r".*qint8.*deprecated",
+    r".*[Qq]uantized.*deprecated",
+    "must run observer before calling calculate_qparams",
+    "Please use quant_min and quant_max to specify the range for observers",
+    "TypedStorage is deprecated",
+    "erase_node",
+    "_aminmax is deprecated",
+)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep torch's announcements about torch.ao and torch.jit from the user while our own calls cause them."""
+    with warnings.catch_warnings():
+        for text in DEPRECATIONS:
+            warnings.filterwarnings("ignore", message=text)
+        yield

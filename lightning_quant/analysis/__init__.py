@@ -1,0 +1,1 @@
+"""Questions about a model, one module and one function each: coverage, SQNR, latency."""

@@ -1,0 +1,175 @@
+"""The share of the multiply-accumulates of layers with weights that run in int8."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_quant._torch_ao import RECURRENT_MODULES, FusedModule
+
+_ATEN = torch.ops.aten
+nn_recurrent = (nn.RNNBase, nn.RNNCellBase)
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer with weights, as it ran.
+
+    Attributes:
+        name: The module (or, for a function, the module it was called in).
+        op: The operator that ran, e.g. ``quantized::conv2d_relu`` or ``aten::convolution``.
+        macs: Multiply-accumulates for the example inputs.
+        int8: Whether it ran in int8.
+        reason: Why not, where that is known.
+    """
+
+    name: str
+    op: str
+    macs: int
+    int8: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Rows in the order in which the layers ran, recurrent ones first."""
+
+    rows: tuple[LayerRow, ...]
+
+    @property
+    def share(self) -> float:
+        """Multiply-accumulates in int8 over all of them, 0 to 1; 0 for a model without layers with weights."""
+        total = sum(row.macs for row in self.rows)
+        return sum(row.macs for row in self.rows if row.int8) / total if total else 0.0
+
+
+def coverage(
+    converted: nn.Module,
+    example_inputs: tuple[Any, ...] | torch.Tensor,
+    *,
+    reasons: dict[str, str] | None = None,
+    run: Callable[[], object] | None = None,
+) -> Coverage:
+    """Run ``converted`` once and count the multiply-accumulates of each convolution, linear and recurrent layer.
+
+    What is counted is the operators that run, not the modules that are there: a layer that is never called counts
+    nothing, a functional one counts as much as a module.
+
+    Args:
+        converted: Any module; a float one has share 0.
+        example_inputs: Positional arguments.
+        reasons: Layer name -> why it is float, for the rows.
+        run: What to run instead of ``converted(*example_inputs)``.
+    """
+    if isinstance(example_inputs, torch.Tensor):
+        example_inputs = (example_inputs,)
+    names = _Names(converted)
+    counter = _Counter(names)
+    with names, torch.no_grad(), counter:
+        if run is None:
+            converted(*example_inputs)
+        else:
+            run()
+    reasons = reasons or {}
+    rows = []
+    for name, op, macs, int8 in names.recurrent + counter.found:
+        reason = "" if int8 else next((r for n, r in reasons.items() if name == n or name.startswith(n + ".")), "")
+        rows.append(LayerRow(name, op, macs, int8, reason or ("" if int8 else "no int8 kernel was placed for it")))
+    return Coverage(tuple(rows))
+
+
+class _Names:
+    """Follows which module is running: its name, and whether it is a recurrent one, which is counted as a whole."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.stack: list[str] = []
+        self.inside_recurrent = 0
+        self.recurrent: list[tuple[str, str, int, bool]] = []
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> _Names:
+        for name, module in self.model.named_modules():
+            # the layer of a fused module has no name of its own
+            parent = self.model.get_submodule(name.rpartition(".")[0])
+            shown = name.rpartition(".")[0] if isinstance(parent, FusedModule) else name
+            recurrent = isinstance(module, (*RECURRENT_MODULES, *nn_recurrent))
+            self.handles.append(module.register_forward_pre_hook(partial(self._enter, shown, recurrent)))
+            self.handles.append(module.register_forward_hook(partial(self._leave, recurrent), always_call=True))
+        return self
+
+    def _enter(self, name: str, recurrent: bool, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.stack.append(name)
+        if recurrent and not self.inside_recurrent:
+            int8 = isinstance(module, RECURRENT_MODULES)
+            self.recurrent.append((name, type(module).__name__, _recurrent_macs(module, args[0]), int8))
+        self.inside_recurrent += recurrent
+
+    def _leave(self, recurrent: bool, *_: object) -> None:
+        self.stack.pop()
+        self.inside_recurrent -= recurrent
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    @property
+    def current(self) -> str:
+        return self.stack[-1] if self.stack else ""
+
+
+def _recurrent_macs(module: nn.Module, x: Any) -> int:
+    """Each step multiplies the input and the hidden state by the weights of every gate."""
+    data = getattr(x, "data", x)  # a PackedSequence has its steps there
+    steps = data.numel() // data.shape[-1]
+    kind = type(module).__name__.upper()
+    gates = 4 if "LSTM" in kind else 3 if "GRU" in kind else 1
+    size, hidden = module.input_size, module.hidden_size
+    directions = 2 if getattr(module, "bidirectional", False) else 1
+    total = 0
+    for layer in range(getattr(module, "num_layers", 1)):
+        total += directions * gates * hidden * ((size if layer == 0 else hidden * directions) + hidden)
+    return steps * total
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self, names: _Names) -> None:
+        super().__init__()
+        self.names = names
+        self.found: list[tuple[str, str, int, bool]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        counted = _macs(func, args, output)
+        if counted is not None and not self.names.inside_recurrent:
+            self.found.append((self.names.current, func._schema.name, *counted))
+        return output
+
+
+def _macs(func: Any, args: tuple[Any, ...], output: Any) -> tuple[int, bool] | None:
+    """``(multiply-accumulates, int8)`` of one operator with weights, or None for any other."""
+    name = func._schema.name
+    if name.startswith(("quantized::conv", "quantized::linear")) and not name.endswith(("prepack", "unpack")):
+        weight = args[1].unpack()[0]
+        moved = args[0] if "transpose" in name else output
+        return moved.numel() * math.prod(weight.shape[1:]), True
+    if name.startswith("onednn::q"):
+        return output.numel() * math.prod(args[3].shape[1:]), True
+    if func in (_ATEN.convolution.default, _ATEN.mkldnn_convolution.default):
+        weight = args[1]
+        transposed = bool(args[6]) if func is _ATEN.convolution.default else False
+        # a transposed weight is (in, out / groups, ...): each input meets out / groups * prod(kernel) of it
+        return (args[0] if transposed else output).numel() * math.prod(weight.shape[1:]), False
+    if func in (_ATEN.addmm.default, _ATEN.linear.default):
+        weight = args[2] if func is _ATEN.addmm.default else args[1]
+        return output.numel() * (weight.shape[0] if func is _ATEN.addmm.default else weight.shape[1]), False
+    if func is _ATEN.mm.default and isinstance(args[1], torch.Tensor):
+        return output.numel() * args[1].shape[0], False
+    return None

@@ -1,0 +1,143 @@
+"""Prepared graphs on the module that trains: its layers, its Parameters and the keys of its ``state_dict`` stay.
+
+:func:`attach` registers the graphs as one child, so that they move with the module to its device, and links their batch
+norms and other layers to the module's own. :func:`detach` takes them off again, and nothing is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import MethodType
+from typing import Any
+
+from torch import fx as torch_fx
+from torch import nn
+
+from lightning_quant.backends import fx
+from lightning_quant.placement import ToGraph, divert, restore
+
+CHILD = "_lightning_quant"
+
+
+class Attached(nn.Module):
+    """The prepared graphs of a module, as a child that no ``state_dict`` and no optimizer sees.
+
+    Attributes:
+        names: Of the targets, ``""`` for the module's own forward.
+    """
+
+    def __init__(self, graphs: dict[str, torch_fx.GraphModule], model: nn.Module) -> None:
+        super().__init__()
+        self.names = tuple(graphs)
+        self.graphs = nn.ModuleList(graphs.values())
+        # beside the registered children, so that a deepcopy of the model has its own
+        self.__dict__["own"] = [
+            module for name, graph in graphs.items() for module in fx.own_modules(graph, model.get_submodule(name))
+        ]
+        self.register_load_state_dict_post_hook(_expect_nothing)
+
+    def named(self) -> dict[str, torch_fx.GraphModule]:
+        """Target name -> graph."""
+        return dict(zip(self.names, self.graphs, strict=True))  # type: ignore[arg-type]
+
+    def train(self, mode: bool = True) -> Attached:
+        """Set the mode of what only the graphs have. The model's own layers follow the model, which may keep some of
+        them in eval mode on purpose."""
+        self.training = mode
+        for module in self.__dict__["own"]:
+            module.training = mode
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Nothing: weights are in the model, observers are stored beside its ``state_dict``."""
+        return kwargs.get("destination", args[0] if args else {})
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """None: they are the model's."""
+        return iter(())
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """None: they are the model's."""
+        return iter(())
+
+
+def _expect_nothing(module: nn.Module, incompatible_keys: Any) -> None:
+    """``load_state_dict(strict=True)`` of a float checkpoint is complete without this child."""
+    keys = [key for key in incompatible_keys.missing_keys if f"{CHILD}." in key]
+    for key in keys:
+        incompatible_keys.missing_keys.remove(key)
+
+
+def attach(model: nn.Module, graphs: dict[str, torch_fx.GraphModule]) -> Attached:
+    """Register the graphs on ``model`` and link them to its layers. ``forward`` still runs the model as it is.
+
+    Args:
+        model: A LightningModule. Its Parameters, buffers and ``state_dict`` stay as they are.
+        graphs: Target name -> prepared for ``qat`` from that submodule of ``model``.
+    """
+    detach(model)
+    for name, graph in graphs.items():
+        fx.link(graph, model.get_submodule(name))
+    attached = Attached(graphs, model)
+    model.add_module(CHILD, attached)
+    return attached
+
+
+def relink(model: nn.Module) -> None:
+    """Link again after the model moved to another device, which gives buffers new tensors."""
+    attached = attached_to(model)
+    if attached is not None:
+        for name, graph in attached.named().items():
+            fx.link(graph, model.get_submodule(name))
+
+
+def attached_to(model: nn.Module) -> Attached | None:
+    """What :func:`attach` put on ``model``, or None."""
+    found = model._modules.get(CHILD)
+    return found if isinstance(found, Attached) else None
+
+
+def run_quantized(model: nn.Module, enabled: bool) -> None:
+    """Let the targets of ``model`` run their graphs, or their own ``forward``."""
+    attached = attached_to(model)
+    if attached is None:
+        return
+    for name, graph in attached.named().items():
+        target = model.get_submodule(name)
+        if enabled:
+            divert(target, ToGraph(graph, fx.info(graph).interface))
+        else:
+            restore(target)
+
+
+def detach(model: nn.Module) -> None:
+    """Take the graphs off ``model``; its targets run their own ``forward`` again."""
+    run_quantized(model, False)
+    model._modules.pop(CHILD, None)
+
+
+_BOUND = "_lightning_quant_bound"
+
+
+def after_method(module: nn.Module, name: str, then: Callable[..., None]) -> None:
+    """Call ``then`` with the arguments of each call of ``module.<name>``, after it. Taken off by :func:`unbind`.
+
+    The method is bound to the instance, so that a deepcopy of ``module`` calls its own.
+    """
+    before = module.__dict__.get(name)
+
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = before(*args, **kwargs) if before else getattr(type(self), name)(self, *args, **kwargs)
+        then(*args, **kwargs)
+        return result
+
+    module.__dict__.setdefault(_BOUND, {}).setdefault(name, before)
+    module.__dict__[name] = MethodType(method, module)
+
+
+def unbind(module: nn.Module) -> None:
+    """Take off every method that :func:`after_method` bound."""
+    for name, before in module.__dict__.pop(_BOUND, {}).items():
+        del module.__dict__[name]
+        if before is not None:
+            module.__dict__[name] = before

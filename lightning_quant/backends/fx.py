@@ -1,0 +1,289 @@
+"""FX graph mode: one graph per target, observers placed by torch.ao's tables, lowered onto its int8 kernels.
+
+``prepare`` and ``convert`` are the two functions of the backend protocol; :func:`reference` is the same graph as
+``convert`` gives, but with explicit quantize and dequantize operators, from which the exporters work.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import contextmanager
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from lightning_quant._torch_ao import (
+    FakeQuantizeBase,
+    ObserverBase,
+    PrepareCustomConfig,
+    QatConvBn,
+    QatLinearBn1d,
+    attach_node_meta,
+    convert_graph,
+    get_native_backend_config,
+    prepare_graph,
+    quiet,
+    swap_float_functional,
+)
+from lightning_quant.backends.tracing import Traced, trace
+from lightning_quant.arguments import Call, Interface
+from lightning_quant.config import Method, QuantConfig, resolve
+from lightning_quant.errors import CalibrationError, CaptureError
+from lightning_quant.fusion import FusedGroup, fuse
+from lightning_quant.qconfig import qconfig_mapping
+
+_META = "lightning_quant"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known of a prepared or converted graph, kept in ``graph_module.meta``.
+
+    Attributes:
+        config: With engine and reduce_range resolved.
+        method: dynamic, static or qat.
+        interface: Which arguments of ``forward`` are inputs of the graph, and the values of the others.
+        replaced: Names of the modules, parameters and buffers of the float model that the graph stands for.
+        fused: What runs as one kernel.
+        origins: Prepared module -> module of the float model of which it is another view.
+        batch_norms: Prepared module that holds a batch norm -> that batch norm in the float model.
+    """
+
+    config: QuantConfig
+    method: Method
+    interface: Interface
+    replaced: tuple[str, ...]
+    fused: tuple[FusedGroup, ...] = ()
+    origins: dict[str, str] = field(default_factory=dict)
+    batch_norms: dict[str, str] = field(default_factory=dict)
+
+
+def info(graph_module: nn.Module) -> Prepared:
+    """What :func:`prepare` noted about this graph.
+
+    Raises:
+        CaptureError: It does not come from :func:`prepare` or :func:`convert`.
+    """
+    found = getattr(graph_module, "meta", {}).get(_META)
+    if not isinstance(found, Prepared):
+        raise CaptureError(f"{type(graph_module).__name__} was not made by lightning_quant.prepare: prepare it first.")
+    return found
+
+
+def is_graph(module: nn.Module) -> bool:
+    """Whether ``module`` comes from :func:`prepare` or :func:`convert`."""
+    return isinstance(module, fx.GraphModule) and _META in module.meta
+
+
+@contextmanager
+def engine(name: str) -> Iterator[None]:
+    """Run with this kernel library: the one for which weights are packed, and which fixes the choice of kernels."""
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = name
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def check_traceable(model: nn.Module, call: Call, method: Method) -> None:
+    """Raise :class:`CaptureError` if ``model`` cannot be captured as one graph."""
+    trace(_twin(model, share=True), call, training=method == "qat")
+
+
+def _twin(model: nn.Module, *, share: bool) -> nn.Module:
+    """A copy of the structure and the buffers of ``model``; of its Parameters only if not ``share``."""
+    memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share else {}
+    return copy.deepcopy(model, memo)
+
+
+def prepare(model: nn.Module, config: QuantConfig, method: Method, example: Call) -> fx.GraphModule:
+    """A graph of ``model`` with observers (static), fake quantizes (qat) or marks (dynamic) at its int8 tensors.
+
+    Args:
+        model: Keeps its structure, buffers and mode. For ``qat`` its Parameter objects are those of the result.
+        config: ``skip`` are names of submodules of ``model``.
+        method: dynamic, static or qat.
+        example: One call of ``model.forward``.
+
+    Raises:
+        CaptureError: ``forward`` cannot be traced.
+    """
+    config = resolve(config)
+    training = method == "qat"
+    twin = _twin(model, share=training)
+    twin.train(training)
+    with quiet(), engine(config.engine):
+        traced = trace(twin, example, training=training)
+        return _prepare_traced(traced, config, method)
+
+
+def _prepare_traced(traced: Traced, config: QuantConfig, method: Method) -> fx.GraphModule:
+    training = method == "qat"
+    backend_config = get_native_backend_config()
+    mapping = qconfig_mapping(config, method)
+    for name in config.skip:
+        mapping.set_module_name(name, None)
+    for name, origin in traced.origins.items():
+        if origin in config.skip:
+            mapping.set_module_name(name, None)
+    swap_float_functional(traced.graph_module)
+    attach_node_meta(traced.graph_module)
+    graph_module, groups = fuse(traced.graph_module, backend_config, training=training)
+    attach_node_meta(graph_module)
+    scopes = dict(traced.scopes)
+    for node in graph_module.graph.nodes:
+        scopes.setdefault(node.name, ("", nn.Module))
+    prepared = prepare_graph(
+        graph_module,
+        mapping,
+        training,
+        scopes,
+        example_inputs=(),
+        prepare_custom_config=PrepareCustomConfig(),
+        backend_config=backend_config,
+    )
+    norms = {
+        group.members[0]: group.members[1]
+        for group in groups
+        if len(group.members) > 1 and isinstance(_get(prepared, group.members[0]), (QatConvBn, QatLinearBn1d))
+    }
+    prepared.meta[_META] = Prepared(
+        config=config,
+        method=method,
+        interface=traced.interface,
+        replaced=traced.replaced,
+        fused=groups,
+        origins=traced.origins,
+        batch_norms={f"{name}.bn": traced.origins.get(norm, norm) for name, norm in norms.items()},
+    )
+    prepared.train(training)
+    return prepared
+
+
+def _get(module: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def link(prepared: fx.GraphModule, model: nn.Module) -> None:
+    """Let the prepared graph train ``model`` itself: use its batch norms, its other modules and its buffers.
+
+    After this, a step of the prepared graph moves the running statistics of ``model``, and ``model``'s train and eval
+    modes are those of the graph. Modules that only the prepared graph has (fake quantizes) stay its own.
+    """
+    known = info(prepared)
+    modules = dict(model.named_modules())
+    views = {**{name: name for name in modules if name}, **known.origins, **known.batch_norms}
+    for name, module in list(prepared.named_modules(remove_duplicate=False)):
+        origin = modules.get(views[name]) if name in views else None
+        if origin is None or origin is module:
+            continue
+        is_leaf = not any(True for _ in module.children())
+        if type(module) is type(origin) and is_leaf and origin is not model:
+            parent, _, child = name.rpartition(".")
+            setattr(prepared.get_submodule(parent), child, origin)
+            continue
+        for registry, theirs in ((module._parameters, origin._parameters), (module._buffers, origin._buffers)):
+            for key in registry.keys() & theirs.keys():
+                registry[key] = theirs[key]  # type: ignore[assignment]
+
+
+def own_modules(prepared: fx.GraphModule, model: nn.Module) -> list[nn.Module]:
+    """The modules of a linked graph that ``model`` does not have."""
+    theirs = {id(module) for module in model.modules()}
+    return [module for module in prepared.modules() if id(module) not in theirs]
+
+
+def observers(prepared: nn.Module) -> dict[str, nn.Module]:
+    """The observers and fake quantizes of a prepared graph by name, activations and weights."""
+    return {
+        name: module
+        for name, module in prepared.named_modules()
+        if isinstance(module, (FakeQuantizeBase, ObserverBase)) and not _inside_fake_quantize(prepared, name)
+    }
+
+
+def _inside_fake_quantize(prepared: nn.Module, name: str) -> bool:
+    return isinstance(prepared.get_submodule(name.rpartition(".")[0]), FakeQuantizeBase)
+
+
+def is_initialised(prepared: fx.GraphModule) -> bool:
+    """Whether every observer of an activation has seen data."""
+    return not _unseen(prepared)
+
+
+def _unseen(prepared: fx.GraphModule) -> list[str]:
+    names = []
+    for name, module in observers(prepared).items():
+        observer = getattr(module, "activation_post_process", module)
+        low = getattr(observer, "min_val", None)
+        if name.endswith("weight_fake_quant") or low is None:
+            continue
+        if low.numel() == 0 or bool(torch.isinf(low).any()):
+            names.append(name)
+    return names
+
+
+def _finished(prepared: fx.GraphModule) -> fx.GraphModule:
+    """A copy in eval mode on the CPU, with the weights' ranges those of the weights as they are."""
+    known = info(prepared)
+    if known.method != "dynamic" and (unseen := _unseen(prepared)):
+        raise CalibrationError(
+            f"{len(unseen)} observers saw no data (the first: {unseen[0]}), so that there are no ranges to quantize "
+            "with. Run the prepared module on calibration data before convert; with the callbacks: the validation "
+            "dataloader was empty, or the training ended before quantization began."
+        )
+    twin = copy.deepcopy(prepared).cpu().eval()
+    with torch.no_grad():
+        for module in twin.modules():
+            fake_quantize = getattr(module, "weight_fake_quant", None)
+            if not isinstance(fake_quantize, FakeQuantizeBase):
+                continue
+            weight = module.weight
+            if isinstance(module, (QatConvBn, QatLinearBn1d)):
+                norm = module.bn
+                factor = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+                weight = weight * factor.reshape([-1] + [1] * (weight.dim() - 1))
+            fake_quantize.enable_observer()
+            fake_quantize(weight)
+    return twin
+
+
+def convert(prepared: fx.GraphModule) -> fx.GraphModule:
+    """The int8 model: torch's own quantized kernels, packed for the engine of the config. ``prepared`` is unchanged.
+
+    Raises:
+        CalibrationError: An observer saw no data.
+    """
+    known = info(prepared)
+    with quiet(), engine(known.config.engine):
+        twin = _finished(prepared)
+        converted = convert_graph(twin, is_reference=False, backend_config=get_native_backend_config())
+    converted.meta[_META] = known
+    return converted
+
+
+def reference(prepared: fx.GraphModule) -> fx.GraphModule:
+    """The same model with explicit quantize and dequantize operators around float arithmetic. ``prepared`` is unchanged.
+
+    Raises:
+        CalibrationError: An observer saw no data.
+    """
+    known = info(prepared)
+    with quiet(), engine(known.config.engine):
+        twin = _finished(prepared)
+        converted = convert_graph(
+            twin,
+            is_reference=True,
+            _remove_qconfig=False,
+            is_decomposed=True,
+            backend_config=get_native_backend_config(),
+        )
+    converted.meta[_META] = known
+    return converted

@@ -1,0 +1,432 @@
+"""PostTrainingQuantization and QuantizationAwareTraining: hooks only, no quantization logic.
+
+The order of Lightning's hooks decides where each thing happens; the comments say why.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from lightning_quant._roots import Callback, root_of
+from lightning_quant.attachment import after_method, attach, attached_to, detach, relink, run_quantized, unbind
+from lightning_quant.backends import fx
+from lightning_quant.capture import Capture
+from lightning_quant.config import ExportConfig, Method, QuantConfig, check_method, resolve, resolve_formats
+from lightning_quant.errors import CalibrationError, ConfigError
+from lightning_quant.evaluate import ValidationData, copy_of, evaluate, validation_data
+from lightning_quant.exporters import check_writable
+from lightning_quant.inputs import Sample, has_validation, isolated_rng, sample, validation_data_of_test
+from lightning_quant.phases import (
+    Phase,
+    Schedule,
+    freeze_batch_norm,
+    load_observer_state,
+    observer_state,
+    set_observing,
+)
+from lightning_quant.pipeline import Graphs, calibrate, capture, convert_module, deliver, prepare_graphs
+from lightning_quant.placement import ToGraph, divert, restore
+from lightning_quant.report import QuantReport
+
+log = logging.getLogger(__name__)
+
+#: Where a checkpoint keeps observers, beside ``state_dict``.
+CHECKPOINT_KEY = "lightning_quant"
+
+
+def _check_trainer(trainer: Any, *, trains_quantized: bool) -> None:
+    """Refuse what would give wrong results, with the remedy."""
+    if trainer.world_size > 1:
+        raise ConfigError(
+            f"quantization on {trainer.world_size} processes is not supported yet: each would see the ranges of its own "
+            "data only. Use Trainer(devices=1, num_nodes=1)."
+        )
+    precision = str(trainer.precision)
+    if precision.endswith("-true") and not precision.startswith("32") or (trains_quantized and precision != "32-true"):
+        raise ConfigError(
+            f"Trainer(precision={precision!r}): quantization needs float32 "
+            + ("activations to fake quantize. " if trains_quantized else "weights to start from. ")
+            + "Use Trainer(precision='32-true')."
+        )
+
+
+def _shows_progress(trainer: Any) -> bool:
+    return trainer.progress_bar_callback is not None
+
+
+def _log_report(trainer: Any, report: QuantReport) -> None:
+    values = {f"int8/{name}": value for name, value in report.metrics_int8.items()}
+    values |= {f"float/{name}": value for name, value in report.metrics_float.items()}
+    values |= {
+        "int8/coverage": report.coverage,
+        "int8/size_bytes": float(report.size_bytes_int8),
+        "int8/latency_ms": report.latency_ms_int8,
+    }
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=trainer.global_step)
+        logger.save()
+
+
+class _Base(Callback):  # type: ignore[misc]
+    """What both callbacks do: find the targets before the run, and run the int8 model in ``test``."""
+
+    def __init__(self, config: QuantConfig, method: Method, export: ExportConfig) -> None:
+        super().__init__()
+        if not isinstance(config, QuantConfig):
+            raise ConfigError(f"config={config!r}: give a QuantConfig.")
+        if not isinstance(export, ExportConfig):
+            raise ConfigError(f"export={export!r}: give an ExportConfig.")
+        check_method(config, method)
+        resolve(config)
+        resolve_formats(config, method, export)
+        self.config = config
+        self.method: Method = method
+        self.export = export
+        self.report: QuantReport | None = None
+        self.quantized_model: Any = None
+        self._converted: Graphs | None = None
+        self._sample: Sample | None = None
+        self._captured: Capture | None = None
+        self._loaded: dict[str, Any] | None = None
+
+    def _capture(self, trainer: Any, pl_module: Any) -> tuple[Sample, Capture]:
+        # Lightning runs configure_model with the accelerator as default device; copies are traced on the CPU
+        with isolated_rng(), torch.device("cpu"):
+            self._sample = sample(trainer, pl_module)
+            self._captured = capture(pl_module, self._sample, self.config, self.method)
+        return self._sample, self._captured
+
+    def _finish(
+        self, trainer: Any, pl_module: Any, graphs: Graphs, data: ValidationData | None, **metrics: Any
+    ) -> None:
+        """Convert, deliver and show; the trained module is not touched, whatever fails here."""
+        assert self._sample is not None
+        assert self._captured is not None
+        with isolated_rng():
+            quantized = convert_module(pl_module, graphs)
+            self.quantized_model = quantized.module
+            self._converted = quantized.converted
+            if trainer.fast_dev_run:
+                log.info("fast_dev_run: the int8 model was converted; nothing was written.")
+                return
+            self.report = deliver(
+                quantized, self._captured, self._sample, data, self.config, self.method, self.export, **metrics
+            )
+        _log_report(trainer, self.report)
+        if trainer.is_global_zero:
+            self.report.print()
+
+    def _put_int8(self, pl_module: Any) -> None:
+        assert self._converted is not None
+        for name, graph in self._converted.items():
+            divert(pl_module.get_submodule(name), ToGraph(graph, fx.info(graph).interface, on_cpu=True))
+
+    def _take_off(self, pl_module: Any) -> None:
+        """Leave nothing of ours on the user's module."""
+        unbind(pl_module)
+        detach(pl_module)
+        for module in pl_module.modules():
+            restore(module)
+
+    def _watch_loading(self, pl_module: Any) -> None:
+        # bound on the module: Lightning calls a callback's own load hook after the weights are loaded, and not at all for
+        # checkpoints that were saved with save_weights_only
+        self._loaded = None
+
+        def remember(checkpoint: dict[str, Any]) -> None:
+            self._loaded = checkpoint.get(CHECKPOINT_KEY, {})
+
+        after_method(pl_module, "on_load_checkpoint", remember)
+
+    def _no_int8_yet(self) -> None:
+        log.warning(
+            "there is no int8 model yet: this tests the float module. Run fit or validate with this callback first, or "
+            "give test a ckpt_path."
+        )
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave the module as a float module, with the weights that it has."""
+        self._take_off(pl_module)
+
+
+class PostTrainingQuantization(_Base):
+    """Calibrate on the val dataloader, convert to int8, export, verify and report.
+
+    In ``fit`` training is untouched, and quantization follows it; in ``validate`` it follows validation. Afterwards
+    ``report`` and ``quantized_model`` are there, and ``test`` runs the int8 model.
+
+    Args:
+        config: What is quantized, and how.
+        method: ``static`` calibrates activations on the val dataloader; ``dynamic`` takes their ranges at run time.
+        calibration_batches: How many batches are observed; None: all.
+        export: Which files are written, and where.
+
+    Raises:
+        ConfigError: The config cannot do the method, or a format that was named cannot be written.
+        MissingExtraError: A format that was named needs a package that is not installed.
+
+    >>> PostTrainingQuantization(QuantConfig(skip=("*.head",)), calibration_batches=8).method
+    'static'
+    """
+
+    def __init__(
+        self,
+        config: QuantConfig = QuantConfig(),
+        *,
+        method: Method = "static",
+        calibration_batches: int | None = None,
+        export: ExportConfig = ExportConfig(),
+    ) -> None:
+        if method not in ("static", "dynamic"):
+            raise ConfigError(
+                f"PostTrainingQuantization(method={method!r}): give 'static' or 'dynamic'. To train with fake quantize, "
+                "use QuantizationAwareTraining."
+            )
+        if calibration_batches is not None and (isinstance(calibration_batches, bool) or calibration_batches < 1):
+            raise ConfigError(f"calibration_batches={calibration_batches!r}: give 1 or more, or None for all.")
+        super().__init__(config, method, export)
+        self.calibration_batches = calibration_batches
+        self._data: ValidationData | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Find out before any work is done what would fail after it."""
+        self._take_off(pl_module)
+        if stage == "test":
+            _check_trainer(trainer, trains_quantized=False)
+            self._watch_loading(pl_module)
+        if stage not in ("fit", "validate"):
+            return
+        _check_trainer(trainer, trains_quantized=False)
+        if self.method == "static" and not has_validation(trainer, pl_module):
+            raise ConfigError(
+                "static quantization calibrates on validation data, and there is none: give the Trainer a val dataloader, "
+                "define validation_step, and leave limit_val_batches above 0. Or use method='dynamic', which needs no data."
+            )
+        if not trainer.fast_dev_run:
+            check_writable(self.export.path)
+        # the layers of LightningModule.setup and configure_model exist only after these
+        after_method(pl_module, "configure_model", lambda: self._capture(trainer, pl_module) and None)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """The module is on the CPU and unwrapped, and the val dataloader is still there."""
+        self._quantize(trainer, pl_module)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """After ``validate``, out of its inference mode; after every stage, take off what was put on."""
+        self._take_off(pl_module)
+        if stage == "validate":
+            self._quantize(trainer, pl_module)
+
+    def _quantize(self, trainer: Any, pl_module: Any) -> None:
+        self._take_off(pl_module)
+        assert self._captured is not None
+        self._data = validation_data(trainer)
+        with isolated_rng():
+            graphs, metrics = self._calibrated(trainer, pl_module, self._captured, self._data)
+        self._finish(trainer, pl_module, graphs, self._data, metrics_float=metrics)
+
+    def _calibrated(
+        self, trainer: Any, pl_module: Any, captured: Capture, data: ValidationData | None
+    ) -> tuple[Graphs, dict[str, float] | None]:
+        graphs = prepare_graphs(copy_of(pl_module), captured, self.config, self.method)
+        if self.method == "dynamic":
+            return graphs, None
+        if data is None:
+            raise CalibrationError("static quantization has no validation data to calibrate on.")
+        progress = _shows_progress(trainer)
+        return graphs, calibrate(pl_module, graphs, data, batches=self.calibration_batches, progress=progress)
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        """Run the int8 model; with ``ckpt_path``, that of the checkpoint's weights, calibrated afresh."""
+        if self._loaded is not None:
+            log.info("test: the checkpoint's weights are calibrated and converted to int8 afresh.")
+            captured = self._captured or self._capture(trainer, pl_module)[1]
+            with isolated_rng():
+                data = self._data or validation_data_of_test(trainer, pl_module)
+                graphs, _ = self._calibrated(trainer, pl_module, captured, data)
+                self._converted = convert_module(pl_module, graphs).converted
+        if self._converted is None:
+            return self._no_int8_yet()
+        self._put_int8(pl_module)
+        return None
+
+
+class QuantizationAwareTraining(_Base):
+    """Train with fake quantize, then convert to int8, export, verify and report.
+
+    The module keeps its layers, its Parameters and the keys of its ``state_dict``; observers are stored beside it in
+    checkpoints. Afterwards ``report`` and ``quantized_model`` are there, and ``test`` runs the int8 model.
+
+    Args:
+        config: What is quantized, and how.
+        start_epoch: The first epoch with fake quantize; before it, training is float training bit for bit.
+        freeze_observers_epoch: From this epoch on, ranges of activations stay as they are; None: never.
+        freeze_batch_norm_epoch: From this epoch on, batch norms use and keep their running statistics; None: never.
+        export: Which files are written, and where.
+
+    Raises:
+        ConfigError: The config cannot train, a format that was named cannot be written, or epochs are out of order.
+        MissingExtraError: A format that was named needs a package that is not installed.
+
+    >>> QuantizationAwareTraining(start_epoch=1, freeze_batch_norm_epoch=2).schedule.phase(0).quantize
+    False
+    """
+
+    def __init__(
+        self,
+        config: QuantConfig = QuantConfig(),
+        *,
+        start_epoch: int = 0,
+        freeze_observers_epoch: int | None = None,
+        freeze_batch_norm_epoch: int | None = None,
+        export: ExportConfig = ExportConfig(),
+    ) -> None:
+        super().__init__(config, "qat", export)
+        self.schedule = Schedule(
+            start_epoch=start_epoch,
+            freeze_observers_epoch=freeze_observers_epoch,
+            freeze_batch_norm_epoch=freeze_batch_norm_epoch,
+        )
+        self._phase: Phase | None = None
+        self._before: dict[str, torch.Tensor] = {}
+        self._kept: tuple[int, dict[str, dict[str, torch.Tensor]]] | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Prepare after the layers exist, before the checkpoint is restored and the strategy wraps the module."""
+        self._take_off(pl_module)
+        if stage == "test":
+            _check_trainer(trainer, trains_quantized=False)
+            self._watch_loading(pl_module)
+        if stage != "fit":
+            return
+        _check_trainer(trainer, trains_quantized=True)
+        if not trainer.fast_dev_run:
+            check_writable(self.export.path)
+        after_method(pl_module, "configure_model", lambda: self._prepare(trainer, pl_module))
+        after_method(pl_module, "on_save_checkpoint", lambda checkpoint: self._save(pl_module, checkpoint))
+        self._watch_loading(pl_module)
+
+    def _prepare(self, trainer: Any, pl_module: Any) -> None:
+        if attached_to(pl_module) is not None:
+            return
+        _, captured = self._capture(trainer, pl_module)
+        with isolated_rng(), torch.device("cpu"):
+            attach(pl_module, prepare_graphs(pl_module, captured, self.config, self.method))
+        if self._kept is not None and self._kept[0] == id(pl_module):
+            self._load(pl_module, self._kept[1])
+
+    def _graphs(self, pl_module: Any) -> Graphs:
+        attached = attached_to(pl_module)
+        return attached.named() if attached is not None else {}
+
+    def _save(self, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        # Lightning calls the module's hook also for save_weights_only, a callback's it does not
+        checkpoint[CHECKPOINT_KEY] = {"observers": self._observers(pl_module)}
+
+    def _observers(self, pl_module: Any) -> dict[str, dict[str, torch.Tensor]]:
+        return {name: observer_state(graph) for name, graph in self._graphs(pl_module).items()}
+
+    def _load(self, pl_module: Any, observers: dict[str, dict[str, torch.Tensor]]) -> None:
+        graphs = self._graphs(pl_module)
+        if graphs.keys() != observers.keys():
+            raise ConfigError(
+                f"the checkpoint was quantized in {sorted(observers)}, this module is in {sorted(graphs)}. Use the "
+                "QuantConfig (targets, skip) that it was trained with."
+            )
+        for name, graph in graphs.items():
+            load_observer_state(graph, observers[name])
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """The weights are restored and on their device."""
+        relink(pl_module)
+        if self._loaded:
+            self._load(pl_module, self._loaded["observers"])
+        self._before = {name: x.detach().cpu().clone() for name, x in pl_module.state_dict().items()}
+        if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= self.schedule.start_epoch:
+            log.warning(
+                "start_epoch=%d and max_epochs=%d: training ends before quantization begins, and there will be no int8 "
+                "model.", self.schedule.start_epoch, trainer.max_epochs,
+            )  # fmt: skip
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Also of a run that resumes in the middle of an epoch, for which Lightning skips the epoch's hook."""
+        self._enter(pl_module, self.schedule.phase(trainer.current_epoch))
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Move the phase."""
+        self._enter(pl_module, self.schedule.phase(trainer.current_epoch))
+
+    def _enter(self, pl_module: Any, phase: Phase) -> None:
+        self._phase = phase
+        run_quantized(pl_module, phase.quantize)
+        for graph in self._graphs(pl_module).values():
+            # weights are known in full: their range is always that of the weights as they are
+            set_observing(graph, activations=phase.observe, weights=phase.quantize)
+            if not phase.update_batch_norm:
+                freeze_batch_norm(graph)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Frozen batch norms stay frozen whoever called ``train()`` in between."""
+        if self._phase is not None and not self._phase.update_batch_norm:
+            for graph in self._graphs(pl_module).values():
+                freeze_batch_norm(graph)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Validation leaves observers untouched; before the first training batch (sanity check) it is float."""
+        graphs = self._graphs(pl_module)
+        for graph in graphs.values():
+            set_observing(graph, activations=False, weights=False)
+        ready = bool(graphs) and all(fx.is_initialised(graph) for graph in graphs.values())
+        quantize = self.schedule.phase(trainer.current_epoch).quantize
+        run_quantized(pl_module, ready and quantize)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Back to the phase of training."""
+        if self._phase is not None:
+            self._enter(pl_module, self._phase)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """The module is on the CPU and unwrapped; the weights are those that it holds now."""
+        graphs = self._graphs(pl_module)
+        self._kept = (id(pl_module), self._observers(pl_module))
+        relink(pl_module)
+        if not all(fx.is_initialised(graph) for graph in graphs.values()):
+            log.warning("quantization never began: no training batch ran with fake quantize. There is no int8 model.")
+            return
+        data = validation_data(trainer)
+        metrics_before = None
+        if data is not None and not trainer.fast_dev_run:
+            before = copy_of(pl_module)
+            before.load_state_dict(self._before)
+            with isolated_rng():
+                metrics_before = evaluate(before, data)
+        self._finish(trainer, pl_module, graphs, data, metrics_before=metrics_before)
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        """Run the int8 model; with ``ckpt_path``, that of the checkpoint's weights and observers."""
+        if self._loaded is not None:
+            if not self._loaded:
+                raise ConfigError(
+                    "test(ckpt_path=...): this checkpoint has no observers: it was saved without "
+                    "QuantizationAwareTraining. Test it without the callback, or give PostTrainingQuantization."
+                )
+            log.info("test: the checkpoint's weights and observers are converted to int8 afresh.")
+            _, captured = (self._sample, self._captured) if self._captured else self._capture(trainer, pl_module)
+            with isolated_rng():
+                twin = copy_of(pl_module)
+                graphs = prepare_graphs(twin, captured, self.config, self.method)  # type: ignore[arg-type]
+                attach(twin, graphs)
+                self._load(twin, self._loaded["observers"])
+                self._converted = convert_module(pl_module, graphs).converted
+        if self._converted is None:
+            return self._no_int8_yet()
+        self._put_int8(pl_module)
+        return None
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """The user's module is a float module again, with the trained weights."""
+        self._take_off(pl_module)
+        self._phase = None

@@ -1,0 +1,287 @@
+"""QuantConfig and its parts, and the table of what each backend can do.
+
+Everything here is a frozen value that can be written in YAML. Nothing here imports torch.ao: how a value becomes an
+observer is :mod:`lightning_quant.qconfig`'s business.
+"""
+
+from __future__ import annotations
+
+import difflib
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from lightning_quant.errors import ConfigError, MissingExtraError
+
+BackendName = Literal["fx", "eager", "torchscript", "pt2e"]
+EngineName = Literal["auto", "x86", "fbgemm", "onednn", "qnnpack"]
+Method = Literal["dynamic", "static", "qat"]
+FormatName = Literal["torchscript", "onnx"]
+DtypeName = Literal["auto", "quint8", "qint8"]
+QschemeName = Literal[
+    "auto", "per_tensor_affine", "per_tensor_symmetric", "per_channel_affine", "per_channel_symmetric"
+]
+ObserverName = Literal["auto", "histogram", "min_max", "moving_average"]
+
+#: (backend, method) -> the formats that it can write, the native one first. A cell that is not here is refused when
+#: the callback is made, with the reason that :func:`formats_of` gives.
+SUPPORT: dict[tuple[str, str], tuple[FormatName, ...]] = {
+    ("fx", "dynamic"): ("torchscript",),
+    ("fx", "static"): ("torchscript", "onnx"),
+    ("fx", "qat"): ("torchscript", "onnx"),
+}
+
+#: format -> (the packages that it needs, the extra that brings them)
+FORMAT_PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
+    "torchscript": ((), ""),
+    "onnx": (("onnx", "onnxscript", "onnxruntime"), "onnx"),
+}
+
+
+def near(name: str, known: Iterable[str], limit: int = 3) -> str:
+    """``"Did you mean 'a', 'b'?"`` for the names that are close to ``name``, else the first few known ones."""
+    known = sorted(set(known))
+    close = difflib.get_close_matches(name, known, n=limit, cutoff=0.5)
+    if close:
+        return "Did you mean " + ", ".join(repr(c) for c in close) + "?"
+    shown = ", ".join(repr(k) for k in known[:8]) + (", ..." if len(known) > 8 else "")
+    return f"Known: {shown}." if known else "There are none."
+
+
+def _check_choice(owner: str, name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        options = ", ".join(repr(c) for c in choices)
+        raise ConfigError(f"{owner}({name}={value!r}): not one of {options}. {near(str(value), map(str, choices))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """How one kind of tensor (activations, or weights) is quantized: ``x ~ (q - zero_point) * scale``.
+
+    Attributes:
+        dtype: ``quint8`` (0..255) or ``qint8`` (-128..127). ``auto``: ``quint8`` for activations, ``qint8`` for weights.
+        qscheme: One scale per tensor or per output channel, affine (with a zero point) or symmetric. ``auto``:
+            ``per_tensor_affine`` for activations; for weights ``per_channel_symmetric``, on ``qnnpack``
+            ``per_tensor_symmetric``.
+        observer: How the range is estimated: ``histogram`` (least quantization error), ``min_max``, or
+            ``moving_average`` of min and max. ``auto``: ``histogram`` for static activations, ``moving_average`` in
+            quantization-aware training, ``min_max`` for weights.
+
+    Raises:
+        ConfigError: A value is not one of the choices.
+    """
+
+    dtype: DtypeName = "auto"
+    qscheme: QschemeName = "auto"
+    observer: ObserverName = "auto"
+
+    def __post_init__(self) -> None:
+        for name, choices in (("dtype", DtypeName), ("qscheme", QschemeName), ("observer", ObserverName)):
+            _check_choice("TensorSpec", name, getattr(self, name), get_args(choices))
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """What is quantized, and how. The method (dynamic, static, QAT) is chosen by the callback.
+
+    Attributes:
+        backend: The front end that captures the model. This release has ``fx``.
+        engine: The kernel library that int8 runs on, ``torch.backends.quantized.engine``. ``auto``: ``x86`` on x86
+            machines, ``qnnpack`` elsewhere.
+        activation: How activations are quantized.
+        weight: How weights are quantized.
+        targets: Names (or ``fnmatch`` patterns) of the submodules to quantize. Empty: found automatically.
+        skip: Names (or ``fnmatch`` patterns) of submodules left in float. A pattern that matches nothing is an error.
+        reduce_range: Quantize weights to 7 bits. Needed on x86 CPUs without VNNI, whose int8 multiply-add saturates at
+            16 bits. None: decided from this CPU, and written into every file.
+
+    Raises:
+        ConfigError: A value is not one of the choices, or two settings contradict each other.
+
+    >>> QuantConfig(skip=("*.head",)).backend
+    'fx'
+    """
+
+    backend: BackendName = "fx"
+    engine: EngineName = "auto"
+    activation: TensorSpec = field(default_factory=TensorSpec)
+    weight: TensorSpec = field(default_factory=TensorSpec)
+    targets: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    reduce_range: bool | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("QuantConfig", "backend", self.backend, get_args(BackendName))
+        _check_choice("QuantConfig", "engine", self.engine, get_args(EngineName))
+        for name in ("activation", "weight"):
+            if not isinstance(getattr(self, name), TensorSpec):
+                raise ConfigError(f"QuantConfig({name}={getattr(self, name)!r}): give a TensorSpec.")
+        for name in ("targets", "skip"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise ConfigError(f"QuantConfig({name}={value!r}): give a list of names, e.g. {name}=({value!r},).")
+            object.__setattr__(self, name, tuple(value))  # YAML gives lists
+            if not all(isinstance(pattern, str) and pattern for pattern in getattr(self, name)):
+                raise ConfigError(f"QuantConfig({name}={value!r}): every pattern is a non-empty string.")
+        if self.activation.qscheme.startswith("per_channel"):
+            raise ConfigError(
+                f"QuantConfig(activation.qscheme={self.activation.qscheme!r}): int8 kernels take activations with one "
+                "scale. Use 'per_tensor_affine' or 'per_tensor_symmetric'; per channel is for weights."
+            )
+        if self.weight.dtype == "quint8":
+            raise ConfigError("QuantConfig(weight.dtype='quint8'): int8 kernels take signed weights. Use 'qint8'.")
+        if self.weight.observer == "histogram":
+            raise ConfigError(
+                "QuantConfig(weight.observer='histogram'): weights are known in full, a histogram is for activations. "
+                "Use 'min_max' or 'moving_average'."
+            )
+        if self.activation.dtype == "qint8" and self.engine in ("x86", "fbgemm", "onednn"):
+            raise ConfigError(
+                f"QuantConfig(activation.dtype='qint8', engine={self.engine!r}): the x86 kernels take unsigned "
+                "activations. Use 'quint8', or engine='qnnpack'."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Which files are written, and where.
+
+    Attributes:
+        directory: The folder of ``model.*``, ``report.json`` and ``report.md``. Made if it does not exist; files of an
+            earlier run are replaced.
+        formats: ``torchscript``, ``onnx``. None: the native format of the backend, and ``onnx`` where it can be
+            written and its extra is installed. Formats that are named are checked at once.
+
+    Raises:
+        ConfigError: A format is not known or is named twice.
+    """
+
+    directory: str = "quantized"
+    formats: tuple[FormatName, ...] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "directory", str(self.directory))
+        if not self.directory:
+            raise ConfigError("ExportConfig(directory=''): give the name of a folder.")
+        if self.formats is None:
+            return
+        if isinstance(self.formats, str):
+            raise ConfigError(f"ExportConfig(formats={self.formats!r}): give a list, e.g. ({self.formats!r},).")
+        object.__setattr__(self, "formats", tuple(self.formats))
+        for name in self.formats:
+            _check_choice("ExportConfig", "formats", name, get_args(FormatName))
+        if not self.formats or len(set(self.formats)) != len(self.formats):
+            raise ConfigError(f"ExportConfig(formats={self.formats!r}): name each format once, at least one.")
+
+    @property
+    def path(self) -> Path:
+        """The folder as a path."""
+        return Path(self.directory)
+
+
+def formats_of(config: QuantConfig, method: Method) -> tuple[FormatName, ...]:
+    """The formats that this backend can write for this method, the native one first.
+
+    Raises:
+        ConfigError: The backend does not have the method.
+    """
+    _check_choice("quantize", "method", method, get_args(Method))
+    try:
+        return SUPPORT[config.backend, method]
+    except KeyError:
+        have = sorted({backend for backend, m in SUPPORT if m == method})
+        raise ConfigError(
+            f"backend={config.backend!r} cannot do method={method!r} in this release. "
+            f"Use backend={' or '.join(map(repr, have))}."
+        ) from None
+
+
+def check_method(config: QuantConfig, method: Method) -> None:
+    """Refuse what this backend and method cannot do.
+
+    Raises:
+        ConfigError: The backend does not have the method, or a setting has no meaning for it.
+    """
+    formats_of(config, method)
+    if method == "qat" and config.activation.observer not in ("auto", "moving_average"):
+        raise ConfigError(
+            f"QuantConfig(activation.observer={config.activation.observer!r}) with quantization-aware training: ranges "
+            "follow the training with a moving average. Use 'auto' or 'moving_average'."
+        )
+    if method == "dynamic" and config.activation != TensorSpec():
+        raise ConfigError(
+            f"QuantConfig(activation={config.activation!r}) with method='dynamic': the range of each activation is "
+            "taken when it is computed. Leave activation at its default, or use method='static'."
+        )
+
+
+def _missing_packages(name: str) -> tuple[str, ...]:
+    return tuple(package for package in FORMAT_PACKAGES[name][0] if find_spec(package) is None)
+
+
+def resolve_formats(
+    config: QuantConfig, method: Method, export: ExportConfig
+) -> tuple[tuple[FormatName, ...], dict[str, str]]:
+    """The formats to write, and those that were left out with their reasons.
+
+    Raises:
+        ConfigError: A format was named that this backend and method cannot write.
+        MissingExtraError: A format was named whose packages are not installed.
+    """
+    able = formats_of(config, method)
+    if export.formats is not None:
+        for name in export.formats:
+            if name not in able:
+                raise ConfigError(
+                    f"ExportConfig(formats={export.formats!r}): backend={config.backend!r} with method={method!r} "
+                    f"cannot write {name!r}. It writes: {', '.join(able)}."
+                )
+            for package in _missing_packages(name):
+                raise MissingExtraError(package, FORMAT_PACKAGES[name][1], f"format {name!r}")
+        return export.formats, {}
+    chosen: list[FormatName] = [able[0]]
+    left_out: dict[str, str] = {}
+    all_formats: tuple[FormatName, ...] = get_args(FormatName)
+    for name in all_formats:
+        if name == able[0]:
+            continue
+        if name not in able:
+            left_out[name] = f"backend {config.backend!r} does not write it for method {method!r}"
+        elif missing := _missing_packages(name):
+            left_out[name] = f"{missing[0]} is not installed: pip install 'lightning-quant[{FORMAT_PACKAGES[name][1]}]'"
+        else:
+            chosen.append(name)
+    return tuple(chosen), left_out
+
+
+def cpu_has_vnni() -> bool:
+    """Whether this CPU multiplies int8 without saturating at 16 bits (AVX512-VNNI, AVX-VNNI), or is not an x86."""
+    if platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686"):
+        return True
+    return bool(torch.cpu._is_vnni_supported())
+
+
+def resolve(config: QuantConfig) -> QuantConfig:
+    """``config`` with ``engine="auto"`` and ``reduce_range=None`` replaced by what this machine needs.
+
+    Raises:
+        ConfigError: The engine is not part of this build of torch.
+    """
+    available = torch.backends.quantized.supported_engines
+    engine = config.engine
+    if engine == "auto":
+        engine = "x86" if "x86" in available else "qnnpack"
+    if engine not in available:
+        raise ConfigError(
+            f"QuantConfig(engine={engine!r}): this build of torch has {', '.join(e for e in available if e != 'none')}."
+        )
+    reduce_range = config.reduce_range
+    if reduce_range is None:
+        # qnnpack accumulates in 32 bits, so that it never saturates
+        reduce_range = engine != "qnnpack" and not cpu_has_vnni()
+    return replace(config, engine=engine, reduce_range=reduce_range)

@@ -1,0 +1,242 @@
+"""Writing artifacts: one module per file format, and what is the same for all of them.
+
+A file is written beside its place, loaded again, compared with the program that it was written from on real input, and
+only then moved to its name; if any file of an export fails, none of them appears.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx as torch_fx
+from torch import nn
+from torch.utils._pytree import tree_flatten, treespec_dumps
+
+from lightning_quant import backends
+from lightning_quant.analysis.sqnr import sqnr_db
+from lightning_quant.arguments import with_batch
+from lightning_quant.backends import fx
+from lightning_quant.config import ExportConfig, FormatName, Method, QuantConfig, resolve_formats
+from lightning_quant.errors import ArtifactError, ConfigError, ExportError
+from lightning_quant.exporters import onnx, torchscript
+from lightning_quant.exporters.qdq import to_qdq
+from lightning_quant.runtime import FORMAT_VERSION, load
+
+SUFFIXES: dict[str, str] = {"torchscript": "ts", "onnx": "onnx"}
+_EXPORTERS: dict[str, Callable[[nn.Module, tuple[Any, ...], Path, dict[str, Any]], Path]] = {
+    "torchscript": torchscript.export,
+    "onnx": onnx.export,
+}
+#: Formats that are made from the neutral form; the others from the converted model.
+_FROM_QDQ = ("onnx",)
+#: Below this a file does not compute what it was written from (lowerings that were silently wrong gave 2 to 10 dB).
+MIN_SQNR_DB = 25.0
+
+
+@dataclass(frozen=True)
+class Program:
+    """What one file computes, in the forms from which files are written. Both take the data by position.
+
+    Attributes:
+        name: Of the target; ``""`` if the file is the model's own forward.
+        converted: With torch's int8 kernels.
+        qdq: In the neutral form. Called only if a format needs it.
+        data: Real input.
+        inputs: The names of the data.
+        config: Resolved.
+        method: dynamic, static or qat.
+    """
+
+    name: str
+    converted: nn.Module
+    qdq: Callable[[], nn.Module]
+    data: tuple[Any, ...]
+    inputs: tuple[str, ...]
+    config: QuantConfig
+    method: Method
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file that was written and checked.
+
+    Attributes:
+        format: torchscript or onnx.
+        target: Name of the target, ``""`` for the model's own forward.
+        path: Where it is.
+        size_bytes: Of the file.
+        sqnr_db: Of what the loaded file computes against the program that it was written from, on real input.
+    """
+
+    format: str
+    target: str
+    path: Path
+    size_bytes: int
+    sqnr_db: float
+
+
+def check_writable(directory: Path) -> None:
+    """Make the folder and try to write in it.
+
+    Raises:
+        ConfigError: It is not a folder, or nothing can be written there.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=directory, prefix=".lightning-quant-"):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"ExportConfig(directory={str(directory)!r}): cannot write there: {error}. Choose another folder."
+        ) from error
+
+
+def artifact_path(directory: Path, format_name: str, target: str) -> Path:
+    """``model.ts``, or ``model.<target>.ts`` where the file is one of several targets."""
+    middle = f".{target}" if target else ""
+    return directory / f"model{middle}.{SUFFIXES[format_name]}"
+
+
+def write(programs: list[Program], formats: tuple[FormatName, ...], directory: Path) -> tuple[Artifact, ...]:
+    """Write each program in each format.
+
+    Raises:
+        ExportError: A file could not be written, or computes something else than its program. No file was replaced.
+    """
+    check_writable(directory)
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=directory))
+    try:
+        done: list[Artifact] = []
+        for program in programs:
+            qdq = program.qdq() if any(name in _FROM_QDQ for name in formats) else None
+            for name in formats:
+                source = program.converted if name not in _FROM_QDQ or qdq is None else qdq
+                path = artifact_path(partial, name, program.name)
+                done.append(_write_one(program, source, name, path))
+        moved = []
+        for artifact in done:
+            final = directory / artifact.path.name
+            os.replace(artifact.path, final)
+            moved.append(Artifact(artifact.format, artifact.target, final, artifact.size_bytes, artifact.sqnr_db))
+        return tuple(moved)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_one(program: Program, source: nn.Module, name: str, path: Path) -> Artifact:
+    label = f"{name} export of {program.name or 'forward'}"
+    with torch.no_grad(), fx.engine(program.config.engine):
+        expected = source(*program.data)
+    leaves, spec = tree_flatten(expected)
+    if not leaves or not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
+        raise ExportError(
+            f"{label}: forward returns {type(expected).__name__} with {[type(x).__name__ for x in leaves]}; files hold "
+            "tensors, and tuples, lists or dicts of them."
+        )
+    try:
+        output_spec = treespec_dumps(spec)
+    except (NotImplementedError, TypeError) as error:
+        raise ExportError(f"{label}: forward returns {type(expected).__name__}; return a tuple or a dict.") from error
+    metadata = {
+        "format_version": FORMAT_VERSION,
+        "torch": torch.__version__,
+        "lightning_quant": _version(),
+        "format": name,
+        "method": program.method,
+        "config": asdict(program.config),
+        "target": program.name,
+        "inputs": list(program.inputs),
+        "input_shapes": [list(x.shape) for x in tree_flatten(program.data)[0] if isinstance(x, torch.Tensor)],
+        "input_dtypes": [str(x.dtype) for x in tree_flatten(program.data)[0] if isinstance(x, torch.Tensor)],
+        "output_spec": output_spec,
+    }
+    # two samples: with one, exporters take the batch for a constant
+    _EXPORTERS[name](source, with_batch(program.data, 2), path, metadata)
+    figure = _verify(label, path, source, expected, program)
+    return Artifact(name, program.name, path, path.stat().st_size, figure)
+
+
+def _verify(label: str, path: Path, source: nn.Module, expected: Any, program: Program) -> float:
+    """SQNR of the file on real input; the batch of the data, and one sample."""
+    try:
+        loaded = load(path)
+    except ArtifactError as error:
+        raise ExportError(f"{label}: the file that was just written cannot be loaded: {error}") from error
+    single = with_batch(program.data, 1)
+    with torch.no_grad(), fx.engine(program.config.engine):
+        pairs = [(expected, loaded(*program.data)), (source(*single), loaded(*single))]
+        figures = [sqnr_db(ours, theirs) for ours, theirs in pairs]
+    if min(figures) < MIN_SQNR_DB:
+        raise ExportError(
+            f"{label}: the file computes something else than the model that it was written from: {min(figures):.1f} dB, "
+            f"where at least {MIN_SQNR_DB:.0f} dB are needed. It was not kept. Leave the format out with "
+            "ExportConfig(formats=...), or find the layer with QuantConfig(skip=...)."
+        )
+    return figures[0]
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("lightning-quant")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "unknown"
+
+
+def qdq(prepared: torch_fx.GraphModule) -> torch_fx.GraphModule:
+    """The neutral form of a prepared graph (:mod:`lightning_quant.exporters.qdq`)."""
+    return to_qdq(fx.reference(prepared))
+
+
+def export(
+    prepared: nn.Module,
+    config: QuantConfig | None = None,
+    export_config: ExportConfig | None = None,
+    example_inputs: Any = None,
+) -> dict[str, Path]:
+    """Convert a calibrated or trained model, write it in each format, and check each file.
+
+    Args:
+        prepared: From :func:`lightning_quant.prepare`, after calibration or training.
+        config: None, or the one that ``prepared`` was prepared with.
+        export_config: Default: ``ExportConfig()``.
+        example_inputs: Real input: files are compared on it. A tensor, a tuple of positional or a dict of keyword
+            arguments.
+
+    Returns:
+        Format -> file.
+
+    Raises:
+        ConfigError: A format that the backend cannot write, or a folder that cannot be written.
+        CalibrationError: An observer saw no data.
+        ExportError: A file computes something else than the model, or the model was captured in parts.
+    """
+    if example_inputs is None:
+        raise ConfigError("export(example_inputs=None): give real input; every file is compared with the model on it.")
+    export_config = export_config or ExportConfig()
+    converted = backends.convert(prepared, config)
+    known = _first_info(converted)
+    formats, _ = resolve_formats(known.config, known.method, export_config)
+    call = backends.as_call(example_inputs)
+    if not fx.is_graph(converted):
+        parts = sorted(name.removesuffix(".graph") for name, m in prepared.named_modules() if fx.is_graph(m))
+        raise ExportError(
+            f"{type(prepared).__name__} could only be captured in parts, and one file holds one graph. Prepare and export "
+            f"each part by itself: {', '.join(parts)}."
+        )
+    interface = known.interface
+    data = interface.flatten(call.args, call.keywords)
+    program = Program("", converted, lambda: qdq(prepared), data, interface.inputs, known.config, known.method)
+    return {artifact.format: artifact.path for artifact in write([program], formats, export_config.path)}
+
+
+def _first_info(model: nn.Module) -> fx.Prepared:
+    return next(fx.info(module) for module in model.modules() if fx.is_graph(module))

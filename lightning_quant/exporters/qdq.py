@@ -1,0 +1,133 @@
+"""The neutral form: float arithmetic between explicit quantize and dequantize operators, weights stored as int8.
+
+:func:`to_qdq` takes the reference graph of a backend. What it gives is an ordinary module that torch runs and that
+``torch.export`` and the ONNX exporter read. It never invents qparams: it stores the ones that it finds.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+# registers torch.ops.quantized_decomposed, of which the reference graph is made
+from lightning_quant._torch_ao import reference_modules
+
+_OPS = torch.ops.quantized_decomposed
+_FUNCTIONS: dict[type[nn.Module], Any] = {
+    reference_modules.Linear: F.linear,
+    reference_modules.Conv1d: F.conv1d,
+    reference_modules.Conv2d: F.conv2d,
+    reference_modules.Conv3d: F.conv3d,
+    reference_modules.ConvTranspose1d: F.conv_transpose1d,
+    reference_modules.ConvTranspose2d: F.conv_transpose2d,
+    reference_modules.ConvTranspose3d: F.conv_transpose3d,
+}
+
+
+class Int8Weight(nn.Module):
+    """A linear or (transposed) convolution whose weight is stored in int8: ``w = (q - zero_point) * scale``.
+
+    Attributes:
+        weight: int8, the layout of the float layer's weight.
+        scale: float32, ``(channels,)``, one for each index of ``axis``. Not there if the weight has one scale.
+        zero_point: int64, shaped like ``scale``. Not there if the weight has one scale.
+        scalars: ``(scale, zero_point)`` of a weight that has one scale, else None.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.function = _FUNCTIONS[type(layer)]
+        self.register_buffer("weight", layer.get_quantized_weight().detach())
+        per_channel = layer.weight_qscheme in (torch.per_channel_affine, torch.per_channel_symmetric)
+        self.axis: int | None = layer.weight_axis_int if per_channel else None
+        self.scalars: tuple[float, int] | None = None
+        if per_channel:
+            self.register_buffer("scale", layer.weight_scale.detach().float())
+            self.register_buffer("zero_point", layer.weight_zero_point.detach().long())
+        else:
+            # numbers, not tensors: the ONNX exporter takes only those for one scale per tensor
+            self.scalars = (float(layer.weight_scale), int(layer.weight_zero_point))
+        bias = getattr(layer, "bias", None)
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self.arguments = _call_arguments(layer)
+        self.pad = list(layer._reversed_padding_repeated_twice) if _pads_itself(layer) else []
+        self.padding_mode = getattr(layer, "padding_mode", "zeros")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer on ``x`` with the dequantized weight."""
+        if self.scalars is not None:
+            weight = _OPS.dequantize_per_tensor.default(self.weight, *self.scalars, -128, 127, torch.int8)
+        else:
+            weight = _OPS.dequantize_per_channel(
+                self.weight, self.scale, self.zero_point, self.axis, -128, 127, torch.int8
+            )
+        if self.pad:
+            x = F.pad(x, self.pad, mode=self.padding_mode)
+        result: torch.Tensor = self.function(x, weight, self.bias, **self.arguments)
+        return result
+
+    def extra_repr(self) -> str:
+        """The function's name and the weight's shape."""
+        return f"{self.function.__name__}, weight={tuple(self.weight.shape)}"
+
+
+def _pads_itself(layer: nn.Module) -> bool:
+    return getattr(layer, "padding_mode", "zeros") != "zeros"
+
+
+def _call_arguments(layer: nn.Module) -> dict[str, Any]:
+    if isinstance(layer, nn.Linear):
+        return {}
+    names = ["stride", "padding", "dilation", "groups"]
+    if getattr(layer, "transposed", False):
+        names.append("output_padding")
+    arguments = {name: getattr(layer, name) for name in names}
+    if _pads_itself(layer):
+        arguments["padding"] = 0
+    return arguments
+
+
+def to_qdq(reference: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a reference graph with its weights stored as int8."""
+    graph_module = copy.deepcopy(reference)
+    for name, module in list(graph_module.named_modules()):
+        if type(module) in _FUNCTIONS:
+            parent, _, child = name.rpartition(".")
+            setattr(graph_module.get_submodule(parent), child, Int8Weight(module))
+    _store_functional_weights(graph_module)
+    graph_module.graph.lint()
+    graph_module.recompile()
+    graph_module.delete_all_unused_submodules()
+    return graph_module
+
+
+def _store_functional_weights(graph_module: fx.GraphModule) -> None:
+    """Run every quantize operator that stands on a constant, and store what it gives."""
+    quantizers = (_OPS.quantize_per_channel.default, _OPS.quantize_per_tensor.default)
+    for number, node in enumerate(list(graph_module.graph.nodes)):
+        if node.target not in quantizers or any(n.op != "get_attr" for n in node.all_input_nodes):
+            continue
+        args = fx.node.map_arg(node.args, lambda n: _attribute(graph_module, n.target))
+        value = node.target(*args)
+        name = f"_int8_weight_{number}"
+        graph_module.register_buffer(name, value.detach())
+        with graph_module.graph.inserting_before(node):
+            stored = graph_module.graph.get_attr(name)
+        node.replace_all_uses_with(stored)
+        graph_module.graph.erase_node(node)
+    graph_module.graph.eliminate_dead_code()
+    used = {node.target for node in graph_module.graph.nodes if node.op == "get_attr"}
+    for registry in (graph_module._parameters, graph_module._buffers):
+        for name in [name for name in registry if name not in used]:
+            del registry[name]
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    value: Any = module
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value

@@ -1,0 +1,288 @@
+"""One real call of each submodule, before any loader has run: what a model is traced with.
+
+A validation batch (else a training batch) goes through the user's own transfer hooks and step on a deep copy; else
+``example_input_array``. Random states, loaders, metrics and logs are afterwards what they were before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_quant._roots import root_of
+from lightning_quant.arguments import Call
+from lightning_quant.capture import Recording, detached, record_calls
+from lightning_quant.errors import CalibrationError, CaptureError
+from lightning_quant.evaluate import ValidationData, copy_of, evaluate
+
+
+@dataclass(frozen=True)
+class Sample:
+    """How the module's parts were called for one batch.
+
+    Attributes:
+        recordings: Name of the submodule (``""``: the module's own forward) -> its calls.
+        source: Where the batch came from, for messages.
+        data: That batch as validation data, or None if it is not one.
+    """
+
+    recordings: dict[str, Recording]
+    source: str
+    data: ValidationData | None
+
+
+def sample(trainer: Any, module: Any) -> Sample:
+    """Record one batch.
+
+    Args:
+        trainer: In ``setup`` or later, of ``fit``, ``validate`` or ``test``.
+        module: The user's LightningModule. Not changed: a copy runs.
+
+    Raises:
+        CaptureError: There is no batch and no ``example_input_array``, or the step raises.
+    """
+    root = root_of(trainer)
+    fn = str(trainer.state.fn)
+    val_loop = trainer.fit_loop.epoch_loop.val_loop if fn == "fit" else trainer.validate_loop
+    with isolated_rng():
+        if fn != "test" and trainer.limit_val_batches != 0 and _overridden(root, "validation_step", module):
+            data = _first_validation_batches(trainer, val_loop._data_source)
+            if data is not None:
+                return Sample(
+                    _record(module, "validation_step", lambda twin: evaluate(twin, data)), "validation_step", data
+                )
+        for stage, step, source in (
+            ("fit", "training_step", trainer.fit_loop._data_source),
+            ("test", "test_step", trainer.test_loop._data_source),
+        ):
+            if fn != stage:
+                continue
+            found, batch = _first_of(source, sequential=stage == "test")
+            if found:
+                return Sample(_record(module, step, _by_hand(trainer, step, batch)), step, None)
+        example = getattr(module, "example_input_array", None)
+        if example is not None:
+            call = _call_of(example)
+            recordings = _record(module, "forward", lambda twin: twin(*call.args, **call.keywords))
+            return Sample(recordings, "example_input_array", None)
+    raise CaptureError(
+        f"no input was found to trace {type(module).__name__} with: there is no validation or training batch that can be "
+        "looked at without consuming it. Set self.example_input_array in the LightningModule to an input of forward."
+    )
+
+
+def _call_of(example: Any) -> Call:
+    if isinstance(example, dict):
+        return Call((), detached(example))
+    return Call(tuple(detached(list(example))), {}) if isinstance(example, tuple) else Call((detached(example),), {})
+
+
+def _record(module: Any, step: str, run: Any) -> dict[str, Recording]:
+    twin = copy_of(module)
+    try:
+        return record_calls(twin, run)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(module).__name__}.{step} raised {type(error).__name__} on one batch, on the CPU in eval mode: {error}. "
+            "Its parts are traced with what it passes them. If it cannot run there, set self.example_input_array."
+        ) from error
+
+
+def _by_hand(trainer: Any, step: str, batch: Any) -> Any:
+    """Run one step of a copy as the Trainer would, with the user's transfer hooks and without its logs."""
+
+    def run(twin: Any) -> None:
+        moved = batch
+        twin.__dict__["log"] = twin.__dict__["log_dict"] = lambda *_, **__: None
+        for hook, extra in (
+            ("on_before_batch_transfer", ()),
+            ("transfer_batch_to_device", (torch.device("cpu"),)),
+            ("on_after_batch_transfer", ()),
+        ):
+            owner = trainer.datamodule
+            if owner is None or not _overridden(root_of(trainer), hook, owner):
+                owner = twin
+            moved = getattr(owner, hook)(moved, *extra, 0)
+        method = getattr(twin, step)
+        method(moved, 0) if len(inspect.signature(method).parameters) > 1 else method(moved)
+
+    return run
+
+
+def _overridden(root: Any, name: str, owner: Any) -> bool:
+    overridden: bool = root.utilities.model_helpers.is_overridden(name, owner)
+    return overridden
+
+
+@contextlib.contextmanager
+def isolated_rng() -> Iterator[None]:
+    """Put the random states of Python, NumPy and torch back, whatever happens inside."""
+    import random
+
+    import numpy as np
+
+    states = (torch.get_rng_state(), np.random.get_state(), random.getstate())
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def _loaders_of(source: Any) -> tuple[Any, str]:
+    """``(loaders, mode)`` of a Lightning dataloader source; None where there is none."""
+    if source.instance is None or not source.is_defined():
+        return None, "sequential"
+    loaders = source.dataloader()
+    return getattr(loaders, "iterables", loaders), getattr(loaders, "_mode", "sequential")
+
+
+class _OneBatch:
+    """A dataloader of one batch. Not a list: Lightning would take that for several dataloaders."""
+
+    def __init__(self, batch: Any) -> None:
+        self.batch = batch
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self.batch])
+
+    def __len__(self) -> int:
+        return 1
+
+
+def _first_validation_batches(trainer: Any, source: Any) -> ValidationData | None:
+    """The first batch of each val dataloader, in their structure."""
+    loaders, mode = _loaders_of(source)
+    if loaders is None:
+        return None
+    found, batches = _first(loaders, _OneBatch)
+    return ValidationData(root_of(trainer), batches, mode, trainer.datamodule, 1) if found else None
+
+
+def _first_of(source: Any, *, sequential: bool) -> tuple[bool, Any]:
+    """``(found, batch)`` as a step gets it: of several loaders, the first one's, or all of them in their structure."""
+    loaders, _ = _loaders_of(source)
+    if loaders is None:
+        return False, None
+    found, batch = _first(loaders, lambda batch: batch)
+    while found and sequential and isinstance(loaders, (list, tuple, dict)) and not _is_batches(loaders):
+        loaders = next(iter(loaders.values() if isinstance(loaders, dict) else loaders))
+        batch = next(iter(batch.values() if isinstance(batch, dict) else batch))
+    return found, batch
+
+
+def _first(loaders: Any, wrap: Any) -> tuple[bool, Any]:
+    """``(found, first batches)`` in the structure of ``loaders``."""
+    if isinstance(loaders, (list, tuple, dict)) and not _is_batches(loaders):
+        items = list(loaders.values()) if isinstance(loaders, dict) else list(loaders)
+        found = [_first(item, wrap) for item in items]
+        if not found or not all(ok for ok, _ in found):
+            return False, None
+        batches = [batch for _, batch in found]
+        return True, dict(zip(loaders, batches, strict=True)) if isinstance(loaders, dict) else type(loaders)(batches)
+    ok, batch = peek(loaders)
+    return ok, wrap(batch)
+
+
+def _is_batches(value: Any) -> bool:
+    """Whether a list is a list of batches, not of loaders."""
+    items = list(value.values()) if isinstance(value, dict) else list(value)
+    return any(isinstance(x, torch.Tensor) or not hasattr(x, "__iter__") for x in items) or (
+        bool(items) and isinstance(items[0], (list, tuple, dict))
+    )
+
+
+def peek(loader: Any) -> tuple[bool, Any]:
+    """``(found, first batch)`` of a loader, without workers, and without moving its generators.
+
+    An iterator, or a dataset that is one, is left alone: what is taken from it would be missing in training.
+    """
+    if not isinstance(loader, DataLoader):
+        try:
+            iterator = iter(loader)
+        except TypeError:
+            return False, None
+        if iterator is loader:
+            return False, None
+        for batch in iterator:
+            return True, batch
+        return False, None
+    generators = {id(g): g for g in _generators(loader)}
+    states = {key: g.get_state() for key, g in generators.items()}
+    try:
+        if isinstance(loader.dataset, IterableDataset):
+            if iter(loader.dataset) is loader.dataset:
+                return False, None
+            fresh = DataLoader(
+                loader.dataset, batch_size=loader.batch_size, collate_fn=loader.collate_fn, drop_last=loader.drop_last
+            )
+            return next(((True, batch) for batch in fresh), (False, None))
+        if loader.batch_sampler is None:
+            index = next(iter(loader.sampler), None)
+            return (False, None) if index is None else (True, loader.collate_fn(loader.dataset[index]))
+        indices = next(iter(loader.batch_sampler), None)
+        if indices is None:
+            return False, None
+        fetch = getattr(loader.dataset, "__getitems__", None)
+        rows = fetch(indices) if fetch else [loader.dataset[index] for index in indices]
+        return True, loader.collate_fn(rows)
+    finally:
+        for key, generator in generators.items():
+            generator.set_state(states[key])
+
+
+def _generators(loader: DataLoader[Any]) -> Iterator[torch.Generator]:
+    batch_sampler = loader.batch_sampler
+    for holder in (loader, loader.sampler, batch_sampler, getattr(batch_sampler, "sampler", None)):
+        generator = getattr(holder, "generator", None)
+        if isinstance(generator, torch.Generator):
+            yield generator
+
+
+def recorded_forward(recordings: dict[str, Recording], module: nn.Module) -> Call | None:
+    """The call of the module's own ``forward``, or that which ``example_input_array`` stands for, or None."""
+    if "" in recordings:
+        return recordings[""].call
+    example = getattr(module, "example_input_array", None)
+    return None if example is None else _call_of(example)
+
+
+def has_validation(trainer: Any, module: Any) -> bool:
+    """Whether a validation loop will run: a step, a dataloader, and batches."""
+    fitting = trainer.state.fn == "fit"
+    source = (trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop)._data_source
+    root = root_of(trainer)
+    has_loader = source.instance is not None and source.is_defined()
+    return bool(has_loader and trainer.limit_val_batches != 0 and _overridden(root, "validation_step", module))
+
+
+def validation_data_of_test(trainer: Any, module: Any) -> ValidationData:
+    """The validation batches of a Trainer that is testing: from the datamodule, else from the module.
+
+    Raises:
+        CalibrationError: Neither has a val dataloader.
+    """
+    root = root_of(trainer)
+    datamodule = trainer.datamodule
+    if datamodule is not None and _overridden(root, "val_dataloader", datamodule):
+        datamodule.setup("validate")  # in test, Lightning has set up the test data alone
+        loaders = datamodule.val_dataloader()
+    elif _overridden(root, "val_dataloader", module):
+        loaders = module.val_dataloader()
+    else:
+        raise CalibrationError(
+            "test(ckpt_path=...) with PostTrainingQuantization calibrates the checkpoint's weights, and there is no val "
+            "dataloader: give test a datamodule that has one, or call validate(ckpt_path=...) first and test after it."
+        )
+    return ValidationData(root, loaders, "sequential", datamodule, trainer.limit_val_batches)

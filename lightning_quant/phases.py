@@ -1,0 +1,119 @@
+"""The phases of quantization-aware training, and the state that they put a prepared graph into.
+
+float -> fake quantize with observers -> observers frozen, and independently batch norm frozen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx as torch_fx
+from torch import nn
+
+from lightning_quant._torch_ao import FakeQuantizeBase
+from lightning_quant.backends import fx
+from lightning_quant.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """What happens to a model in an epoch.
+
+    Attributes:
+        quantize: Fake quantize runs (else the model is float).
+        observe: Ranges of activations follow the data.
+        update_batch_norm: Running statistics follow the data, and training normalises with those of the batch.
+    """
+
+    quantize: bool
+    observe: bool
+    update_batch_norm: bool
+
+
+FLOAT = Phase(quantize=False, observe=False, update_batch_norm=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """When each phase begins, in epochs; None: never.
+
+    Raises:
+        ConfigError: A negative epoch, or a freeze before quantization starts.
+    """
+
+    start_epoch: int = 0
+    freeze_observers_epoch: int | None = None
+    freeze_batch_norm_epoch: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.start_epoch, bool) or not isinstance(self.start_epoch, int) or self.start_epoch < 0:
+            raise ConfigError(f"start_epoch={self.start_epoch!r}: give an epoch, 0 or later.")
+        for name in ("freeze_observers_epoch", "freeze_batch_norm_epoch"):
+            epoch = getattr(self, name)
+            if epoch is None:
+                continue
+            if isinstance(epoch, bool) or not isinstance(epoch, int):
+                raise ConfigError(f"{name}={epoch!r}: give an epoch, or None for never.")
+            # observers that are frozen in the epoch in which they start would have seen nothing
+            least = self.start_epoch + (name == "freeze_observers_epoch")
+            if epoch < least:
+                raise ConfigError(
+                    f"{name}={epoch} with start_epoch={self.start_epoch}: quantization has to have begun; give {least} or "
+                    "later, or None for never."
+                )
+
+    def phase(self, epoch: int) -> Phase:
+        """The phase of an epoch, counted from 0.
+
+        >>> Schedule(start_epoch=1, freeze_observers_epoch=3).phase(2)
+        Phase(quantize=True, observe=True, update_batch_norm=True)
+        """
+        if epoch < self.start_epoch:
+            return FLOAT
+        frozen = self.freeze_observers_epoch is not None and epoch >= self.freeze_observers_epoch
+        still = self.freeze_batch_norm_epoch is not None and epoch >= self.freeze_batch_norm_epoch
+        return Phase(quantize=True, observe=not frozen, update_batch_norm=not still)
+
+
+def set_observing(prepared: torch_fx.GraphModule, *, activations: bool, weights: bool) -> None:
+    """Let the fake quantizes of activations and of weights follow what they see, or not."""
+    for name, module in fx.observers(prepared).items():
+        if isinstance(module, FakeQuantizeBase):
+            wanted = weights if name.endswith("weight_fake_quant") else activations
+            module.enable_observer() if wanted else module.disable_observer()
+
+
+def freeze_batch_norm(prepared: torch_fx.GraphModule) -> None:
+    """Normalise with the running statistics, and leave them as they are. Undone by ``train()``: set it every epoch."""
+    for module in prepared.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            module.eval()
+
+
+def observer_state(prepared: torch_fx.GraphModule) -> dict[str, torch.Tensor]:
+    """Ranges, scales and zero points: what a checkpoint needs beside the float weights. Tensors on the CPU."""
+    return {
+        f"{name}.{key}": value.detach().cpu().clone()
+        for name, module in fx.observers(prepared).items()
+        for key, value in module.state_dict().items()
+    }
+
+
+def load_observer_state(prepared: torch_fx.GraphModule, state: dict[str, torch.Tensor]) -> None:
+    """The reverse of :func:`observer_state`.
+
+    Raises:
+        ConfigError: The state is that of another model or another configuration.
+    """
+    found = fx.observers(prepared)
+    names = {name for name in found if any(key.startswith(name + ".") for key in state)}
+    known = {key for key in state if any(key.startswith(name + ".") for name in found)}
+    if len(known) != len(state) or len(names) != len(found):
+        raise ConfigError(
+            f"the checkpoint has observers for another graph: {len(state)} values, of which {len(known)} fit, for "
+            f"{len(found)} observers. Use the QuantConfig and the model that it was trained with."
+        )
+    for name, module in found.items():
+        own = {key.removeprefix(name + "."): value for key, value in state.items() if key.startswith(name + ".")}
+        module.load_state_dict(own)

@@ -1,0 +1,333 @@
+"""From prepared graphs to a verified int8 model: convert -> evaluate -> export -> verify -> report.
+
+Post-training quantization and quantization-aware training end in the same two functions, :func:`convert_module` and
+:func:`deliver`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import fx as torch_fx
+from torch import nn
+
+from lightning_quant import evaluate as evaluation
+from lightning_quant._roots import root_of
+from lightning_quant._torch_ao import quiet
+from lightning_quant.analysis.coverage import Coverage, coverage
+from lightning_quant.analysis.latency import latency_ms
+from lightning_quant.analysis.sqnr import sqnr_db
+from lightning_quant.arguments import Call, Captured, Interface, Positional, with_batch
+from lightning_quant.backends import capture_targets, fx, prepare_target
+from lightning_quant.backends.tracing import LAYER, trace_around
+from lightning_quant.capture import Capture
+from lightning_quant.config import ExportConfig, Method, QuantConfig, resolve_formats
+from lightning_quant.errors import CaptureError
+from lightning_quant.evaluate import ValidationData, copy_of, evaluate
+from lightning_quant.exporters import Artifact, Program, qdq, write
+from lightning_quant.exporters.torchscript import freeze
+from lightning_quant.inputs import Sample, recorded_forward
+from lightning_quant.placement import Observed, ToGraph, divert, graft
+from lightning_quant.report import FormatReport, QuantReport
+from lightning_quant.runtime import load
+
+Graphs = dict[str, torch_fx.GraphModule]
+
+
+def capture(module: Any, sample: Sample, config: QuantConfig, method: Method) -> Capture:
+    """The targets of a LightningModule: its children, or its own forward where layers sit directly on it.
+
+    Raises:
+        CaptureError: Nothing that can be quantized was found.
+        ConfigError: A pattern matches nothing.
+    """
+    return capture_targets(module, sample.recordings, config, method, prefer_children=True)
+
+
+def prepare_graphs(module: nn.Module, captured: Capture, config: QuantConfig, method: Method) -> Graphs:
+    """Target name -> prepared graph."""
+    return {t.name: prepare_target(module, captured, t.name, config, method) for t in captured.targets}
+
+
+def calibrate(
+    module: Any, graphs: Graphs, data: ValidationData, *, batches: int | None = None, progress: bool = True
+) -> dict[str, float]:
+    """Run the validation loop once on a copy: observers see the data, and the metrics are those of the float module.
+
+    Args:
+        module: The float LightningModule. Not changed.
+        graphs: Prepared for ``static``. Their observers move.
+        data: The validation batches.
+        batches: How many are observed; None: all.
+        progress: Show a progress bar.
+    """
+    twin = copy_of(module)
+    routes = []
+    for name, graph in graphs.items():
+        route = Observed(graph, fx.info(graph).interface)
+        routes.append(route)
+        divert(twin.get_submodule(name), route)
+
+    def stop() -> None:
+        for route in routes:
+            route.enabled = False
+
+    with quiet():
+        return evaluation.calibrate(twin, data, stop, batches=batches, progress=progress)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """An int8 model and what it was made from.
+
+    Attributes:
+        module: A copy of the LightningModule with int8 in the place of its targets; CPU, eval.
+        converted: Target name -> int8 graph.
+        prepared: Target name -> the graph that it was converted from.
+        float_module: The float copy that it is compared with.
+    """
+
+    module: Any
+    converted: Graphs
+    prepared: Graphs
+    float_module: Any
+
+
+def convert_module(module: Any, graphs: Graphs) -> Quantized:
+    """Convert each graph and put it into a copy of ``module``, from which the float layers are taken out.
+
+    Raises:
+        CalibrationError: An observer saw no data.
+    """
+    converted = {name: fx.convert(graph) for name, graph in graphs.items()}
+    float_module = copy_of(module)
+    int8 = copy_of(module)
+    for name, graph in converted.items():
+        known = fx.info(graph)
+        graft(int8.get_submodule(name), graph, known.interface, known.replaced)
+    return Quantized(int8.eval(), converted, graphs, float_module)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One file: the program that it is written from, its float twin, and how a call of ``forward`` becomes its inputs."""
+
+    program: Program
+    float_program: nn.Module
+    interface: Interface
+
+
+def _parts(quantized: Quantized, sample: Sample, captured: Capture) -> list[_Part]:
+    """One part for the module's own forward where that reaches every target and can be captured, else one per target."""
+    module = quantized.float_module
+    names = tuple(quantized.converted)
+    if names != ("",):
+        call = recorded_forward(sample.recordings, module)
+        if call is not None and type(module).forward is not root_of(module).LightningModule.forward:
+            try:
+                traced = trace_around(copy_of(module), call, names)
+            except CaptureError:
+                pass  # it does more than a file can hold, e.g. a branch on data: its targets get a file each
+            else:
+                return [_whole(quantized, traced.graph_module, traced.interface, call)]
+    return [_single(quantized, captured, name) for name in names]
+
+
+def _whole(quantized: Quantized, around: torch_fx.GraphModule, interface: Interface, call: Call) -> _Part:
+    def filled(graphs: Callable[[str], nn.Module]) -> nn.Module:
+        program = copy.deepcopy(around)
+        for name, graph in quantized.converted.items():
+            program.add_submodule(name, Captured(graphs(name), fx.info(graph).interface))
+        return program.eval()
+
+    known = fx.info(next(iter(quantized.converted.values())))
+    data = interface.flatten(call.args, call.keywords)
+    program = Program(
+        "", filled(quantized.converted.__getitem__), lambda: filled(lambda name: qdq(quantized.prepared[name])), data,
+        interface.inputs, known.config, known.method,
+    )  # fmt: skip
+    return _Part(program, around, interface)
+
+
+def _single(quantized: Quantized, captured: Capture, name: str) -> _Part:
+    graph = quantized.converted[name]
+    known = fx.info(graph)
+    call = next(t.call for t in captured.targets if t.name == name)
+    data = known.interface.flatten(call.args, call.keywords)
+    program = Program(
+        name, graph, lambda: qdq(quantized.prepared[name]), data, known.interface.inputs, known.config, known.method
+    )
+    target = quantized.float_module.get_submodule(name)
+    return _Part(program, Positional(target, known.interface), known.interface)
+
+
+def deliver(
+    quantized: Quantized,
+    captured: Capture,
+    sample: Sample,
+    data: ValidationData | None,
+    config: QuantConfig,
+    method: Method,
+    export: ExportConfig,
+    *,
+    metrics_float: dict[str, float] | None = None,
+    metrics_before: dict[str, float] | None = None,
+) -> QuantReport:
+    """Evaluate the int8 model, write and verify its files, time them, and write the report.
+
+    Args:
+        quantized: From :func:`convert_module`.
+        captured: From :func:`capture`.
+        sample: From :func:`lightning_quant.inputs.sample`.
+        data: The validation batches; None: there are none, and no metrics.
+        config: As the user gave it.
+        method: dynamic, static or qat.
+        export: Which files, and where.
+        metrics_float: If they are known already.
+        metrics_before: Of the module before training.
+
+    Raises:
+        ExportError: A file could not be written or computes something else. No file of this run is left.
+    """
+    if metrics_float is None:
+        metrics_float = evaluate(copy_of(quantized.float_module), data) if data else {}
+    metrics_int8 = evaluate(quantized.module, data) if data else {}
+    formats, left_out = resolve_formats(config, method, export)
+    parts = _parts(quantized, sample, captured)
+    artifacts = write([part.program for part in parts], formats, export.path)
+    entries, latency_float = _format_reports(quantized, parts, artifacts, data)
+    covered = _coverage(quantized, captured, sample, parts)
+    native = entries[formats[0]]
+    resolved = parts[0].program.config
+    notes = []
+    if len(parts) > 1 or parts[0].program.name:
+        notes.append("The module's own forward could not be captured around its targets: there is one file per target.")
+    report = QuantReport(
+        method=method,
+        config={**asdict(resolved), "targets": list(config.targets), "skip": list(config.skip)},
+        targets=[name or "forward" for name in quantized.converted],
+        metrics_before=metrics_before,
+        metrics_float=metrics_float,
+        metrics_int8=metrics_int8,
+        size_bytes_float=sum(_size_bytes(part.float_program) for part in parts),
+        size_bytes_int8=native.size_bytes,
+        latency_ms_float=latency_float,
+        latency_ms_int8=native.latency_ms,
+        num_threads=torch.get_num_threads(),
+        sqnr_db=min(_sqnr(part) for part in parts),
+        coverage=covered.share,
+        artifacts=_paths(artifacts),
+        formats=entries,
+        formats_left_out=left_out,
+        float_layers={
+            **captured.float_layers,
+            **{row.name: row.reason for row in covered.rows if not row.int8 and row.name not in captured.float_layers},
+        },
+        fused=_fused(quantized),
+        notes=notes,
+    )
+    report.write(export.path)
+    return report
+
+
+def _paths(artifacts: tuple[Artifact, ...]) -> dict[str, Any]:
+    paths: dict[str, Any] = {}
+    for artifact in artifacts:
+        if artifact.target:
+            paths.setdefault(artifact.format, {})[artifact.target] = artifact.path
+        else:
+            paths[artifact.format] = artifact.path
+    return paths
+
+
+def put_artifacts(module: Any, files: dict[str, Any]) -> None:
+    """Let a LightningModule run reloaded files where they were taken from.
+
+    Args:
+        module: A float copy, from :func:`lightning_quant.evaluate.copy_of`. Changed in place.
+        files: Target name -> (loaded file, interface); the name ``""`` is the module's own forward.
+    """
+    for name, (loaded, interface) in files.items():
+        divert(module.get_submodule(name), ToGraph(loaded, interface, on_cpu=True))
+
+
+def _format_reports(
+    quantized: Quantized, parts: list[_Part], artifacts: tuple[Artifact, ...], data: ValidationData | None
+) -> tuple[dict[str, FormatReport], float]:
+    """Each format's size, latency, SQNR and metrics, all of reloaded files; and the float model's latency."""
+    by_target = {part.program.name: part for part in parts}
+    formats = list(dict.fromkeys(artifact.format for artifact in artifacts))
+    loaded = {(a.format, a.target): load(a.path) for a in artifacts}
+    calls: dict[str, Any] = {}
+    for name, part in by_target.items():
+        single = with_batch(part.program.data, 1)
+        frozen = freeze(part.float_program, with_batch(part.program.data, 2))
+        calls[f"float/{name}"] = lambda frozen=frozen, single=single: frozen(*single)
+        for format_name in formats:
+            runner = loaded[format_name, name]
+            calls[f"{format_name}/{name}"] = lambda runner=runner, single=single: runner(*single)
+    times = latency_ms(calls)
+    entries = {}
+    for format_name in formats:
+        metrics = {}
+        if data is not None:
+            twin = copy_of(quantized.float_module)
+            put_artifacts(twin, {name: (loaded[format_name, name], part.interface) for name, part in by_target.items()})
+            metrics = evaluate(twin, data)
+        own = [a for a in artifacts if a.format == format_name]
+        entries[format_name] = FormatReport(
+            size_bytes=sum(a.size_bytes for a in own),
+            latency_ms=sum(times[f"{format_name}/{name}"] for name in by_target),
+            sqnr_db=min(a.sqnr_db for a in own),
+            metrics=metrics,
+        )
+    return entries, sum(times[f"float/{name}"] for name in by_target)
+
+
+def _sqnr(part: _Part) -> float:
+    with torch.no_grad(), fx.engine(part.program.config.engine):
+        return sqnr_db(part.float_program(*part.program.data), part.program.converted(*part.program.data))
+
+
+def _size_bytes(module: nn.Module) -> int:
+    tensors = {id(x): x for x in (*module.parameters(), *module.buffers())}
+    return sum(x.numel() * x.element_size() for x in tensors.values())
+
+
+def _fused(quantized: Quantized) -> list[tuple[str, ...]]:
+    return [
+        tuple(f"{name}.{member}" if name else member for member in group.members)
+        for name, graph in quantized.converted.items()
+        for group in fx.info(graph).fused
+    ]
+
+
+def _coverage(quantized: Quantized, captured: Capture, sample: Sample, parts: list[_Part]) -> Coverage:
+    """Coverage of one batch through everything that the module runs, with the names that the user knows."""
+    module = copy.deepcopy(quantized.module)
+    if sample.data is not None:
+        batch = sample.data
+        found = coverage(module, (), run=lambda: evaluate(module, batch))
+    else:
+        rows = [row for part in parts for row in coverage(part.program.converted, part.program.data).rows]
+        found = Coverage(tuple(rows))
+    places = {
+        child: name
+        for name, graph in quantized.converted.items()
+        for child, part in quantized.module.named_modules()
+        if part is graph
+    }
+    renamed = []
+    for row in found.rows:
+        name = row.name
+        for place, target in places.items():
+            if name == place or name.startswith(place + "."):
+                inner = name[len(place) + 1 :]
+                name = ".".join(x for x in (target, "" if inner == LAYER else inner) if x) or "forward"
+        reason = row.reason if row.int8 else captured.float_layers.get(name, row.reason)
+        renamed.append(type(row)(name, row.op, row.macs, row.int8, reason))
+    return Coverage(tuple(renamed))

@@ -1,0 +1,126 @@
+"""Putting a graph where a submodule was, without editing the module that holds it.
+
+* :func:`divert` sends the calls of a submodule's ``forward`` to a graph. The tree of modules, its Parameters and the
+  keys of its ``state_dict`` stay as they are; :func:`restore` undoes it. Training runs so.
+* :func:`graft` is for a copy that is ours: the float layers that the graph stands for are taken out.
+
+A bound method is used (``types.MethodType``) and not a closure: ``copy.deepcopy`` binds it to the copy, so that a copy
+runs its own graph.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from lightning_quant.arguments import Interface
+
+_ROUTE = "_lightning_quant_route"
+_CHILD = "int8"
+
+
+class Route(Protocol):
+    """Where the calls of a diverted ``forward`` go."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer a call of ``module.forward``."""
+
+
+class ToGraph:
+    """Run a graph instead of ``forward``.
+
+    Args:
+        graph: Takes the data of the call by position.
+        interface: Which arguments are data.
+        on_cpu: The graph runs on the CPU only: its inputs are taken there, its outputs back.
+    """
+
+    def __init__(self, graph: nn.Module, interface: Interface, *, on_cpu: bool = False) -> None:
+        self.graph = graph
+        self.interface = interface
+        self.on_cpu = on_cpu
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        data = self.interface.flatten(args, kwargs)
+        if not self.on_cpu:
+            return self.graph(*data)
+        devices = {x.device for x in tree_flatten(data)[0] if isinstance(x, torch.Tensor)}
+        output = self.graph(*_to(data, torch.device("cpu")))
+        return output if devices == {torch.device("cpu")} or not devices else _to(output, devices.pop())
+
+
+class Observed:
+    """Show the data to a prepared graph, and answer with what the module itself computes, to the last bit."""
+
+    def __init__(self, graph: nn.Module, interface: Interface) -> None:
+        self.graph = graph
+        self.interface = interface
+        self.enabled = True
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.enabled:
+            self.graph(*self.interface.flatten(args, kwargs))
+        return type(module).forward(module, *args, **kwargs)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, value)
+
+
+def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What stands in for ``forward`` on a diverted module."""
+    return self.__dict__[_ROUTE](self, args, kwargs)
+
+
+def divert(module: nn.Module, route: Route) -> None:
+    """Send the calls of ``module.forward`` to ``route``."""
+    module.__dict__[_ROUTE] = route
+    module.__dict__["forward"] = MethodType(forward, module)
+
+
+def restore(module: nn.Module) -> None:
+    """Let ``module`` run its own ``forward`` again."""
+    if module.__dict__.pop(_ROUTE, None) is not None:
+        del module.__dict__["forward"]
+
+
+def route_of(module: nn.Module) -> Route | None:
+    """Where the calls of ``module.forward`` go, or None if it is not diverted."""
+    route: Route | None = module.__dict__.get(_ROUTE)
+    return route
+
+
+def graft(module: nn.Module, graph: nn.Module, interface: Interface, replaced: tuple[str, ...]) -> None:
+    """Let ``module`` run ``graph`` for good, and take the layers that it stands for out of ``module``.
+
+    Args:
+        module: Changed in place: give a copy.
+        graph: Becomes the child ``int8``.
+        interface: Which arguments are data.
+        replaced: Names of the submodules, parameters and buffers of ``module`` that ``graph`` stands for.
+    """
+    for name in replaced:
+        parent_name, _, child = name.rpartition(".")
+        parent = module.get_submodule(parent_name)
+        for registry in (parent._modules, parent._parameters, parent._buffers):
+            registry.pop(child, None)
+    _prune(module)
+    name = _CHILD
+    while name in module._modules:
+        name += "_"
+    module.add_module(name, graph)
+    divert(module, ToGraph(graph, interface, on_cpu=True))
+
+
+def _prune(module: nn.Module) -> None:
+    """Take out containers in which nothing is left."""
+    for name, child in list(module._modules.items()):
+        if child is None or not (had := len(child._modules)):
+            continue
+        _prune(child)
+        if had and not child._modules and not child._parameters and not child._buffers:
+            del module._modules[name]

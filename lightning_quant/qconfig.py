@@ -1,0 +1,145 @@
+"""QuantConfig -> torch.ao's QConfigMapping: which observer or fake quantize stands at which tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_quant._torch_ao import (
+    FusedMovingAvgObsFakeQuantize,
+    HistogramObserver,
+    MinMaxObserver,
+    MovingAverageMinMaxObserver,
+    MovingAveragePerChannelMinMaxObserver,
+    PerChannelMinMaxObserver,
+    PlaceholderObserver,
+    QConfig,
+    QConfigMapping,
+    get_default_qat_qconfig_mapping,
+    get_default_qconfig_mapping,
+)
+from lightning_quant.config import Method, QuantConfig, TensorSpec
+
+CONVS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONV_TRANSPOSES: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+RNNS: tuple[type[nn.Module], ...] = (nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+CONV_FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d)
+CONV_TRANSPOSE_FUNCTIONS = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
+#: What each method turns into int8: the layers with weights. Everything else runs between them as its inputs allow.
+QUANTIZABLE: dict[str, tuple[type[nn.Module], ...]] = {
+    "dynamic": (nn.Linear, *RNNS),
+    "static": (nn.Linear, *CONVS, *CONV_TRANSPOSES),
+    "qat": (nn.Linear, *CONVS, *CONV_TRANSPOSES),
+}
+
+#: Every layer whose multiply-accumulates count, in int8 or not.
+WEIGHTED: tuple[type[nn.Module], ...] = (
+    nn.Linear, nn.Bilinear, *CONVS, *CONV_TRANSPOSES, *RNNS, nn.RNN, nn.MultiheadAttention,
+)  # fmt: skip
+
+#: Sums of many terms, and exponentials: 8 bits in between cost accuracy, and there are no multiply-accumulates to save.
+FLOAT_BY_DESIGN: dict[Any, str] = dict.fromkeys(
+    (
+        nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.Softmax, nn.GELU,
+        F.layer_norm, F.group_norm, F.instance_norm, F.softmax, torch.softmax, "softmax", F.gelu,
+    ),
+    "normalisation, softmax and GELU stay float by design",
+)  # fmt: skip
+
+
+def activation_range(spec: TensorSpec) -> tuple[int, int]:
+    """The integers ``(quant_min, quant_max)`` of activations, both included: all that the type has."""
+    return (-128, 127) if spec.dtype == "qint8" else (0, 255)
+
+
+def weight_range(config: QuantConfig) -> tuple[int, int]:
+    """The integers ``(quant_min, quant_max)`` of weights, both included: symmetric, so that the largest is exact.
+
+    With ``reduce_range`` they have 7 bits. CPUs without VNNI multiply pairs of uint8 by int8 and add them in 16 bits
+    that saturate: ``2 * 255 * 63 = 32130`` fits, whatever the activation. Torch's own ``reduce_range`` takes the bit
+    from the activations instead; then a value beyond the calibrated range still saturates, because kernels clamp at
+    255 and not at 127, and the activations, which have one scale per tensor, lose more than the weights, which have
+    one per channel.
+    """
+    return (-63, 63) if config.reduce_range else (-127, 127)
+
+
+def _dtype(spec: TensorSpec, default: str) -> torch.dtype:
+    return {"quint8": torch.quint8, "qint8": torch.qint8}[default if spec.dtype == "auto" else spec.dtype]
+
+
+def _qscheme(spec: TensorSpec, default: str) -> torch.qscheme:
+    scheme: torch.qscheme = getattr(torch, default if spec.qscheme == "auto" else spec.qscheme)
+    return scheme
+
+
+def _activation(config: QuantConfig, method: Method) -> Any:
+    spec = config.activation
+    low, high = activation_range(spec)
+    shared = {
+        "dtype": _dtype(spec, "quint8"),
+        "qscheme": _qscheme(spec, "per_tensor_affine"),
+        "quant_min": low,
+        "quant_max": high,
+    }
+    observers = {
+        "histogram": HistogramObserver,
+        "min_max": MinMaxObserver,
+        "moving_average": MovingAverageMinMaxObserver,
+    }
+    if method == "static":
+        return observers["histogram" if spec.observer == "auto" else spec.observer].with_args(**shared)
+    # the fused kernel computes the moving average itself, so that it is the only estimator of training
+    return FusedMovingAvgObsFakeQuantize.with_args(observer=MovingAverageMinMaxObserver, **shared)
+
+
+def _weight(config: QuantConfig, method: Method, *, per_tensor: bool) -> Any:
+    spec = config.weight
+    default = "per_tensor_symmetric" if config.engine == "qnnpack" else "per_channel_symmetric"
+    qscheme = _qscheme(spec, default)
+    if per_tensor:
+        affine = qscheme in (torch.per_channel_affine, torch.per_tensor_affine)
+        qscheme = torch.per_tensor_affine if affine else torch.per_tensor_symmetric
+    per_channel = qscheme in (torch.per_channel_affine, torch.per_channel_symmetric)
+    low, high = weight_range(config)
+    shared = {"dtype": _dtype(spec, "qint8"), "qscheme": qscheme, "quant_min": low, "quant_max": high}
+    moving = MovingAveragePerChannelMinMaxObserver if per_channel else MovingAverageMinMaxObserver
+    exact = PerChannelMinMaxObserver if per_channel else MinMaxObserver
+    if method == "qat":
+        # averaging_constant=1: the range is that of the weights as they are now, without memory
+        return FusedMovingAvgObsFakeQuantize.with_args(observer=moving, averaging_constant=1.0, **shared)
+    return (moving if spec.observer == "moving_average" else exact).with_args(**shared)
+
+
+def qconfig_mapping(config: QuantConfig, method: Method) -> QConfigMapping:
+    """The mapping that :func:`torch.ao.quantization.fx.prepare` takes.
+
+    ``config`` has been through :func:`lightning_quant.config.resolve`. Fixed-range operators (sigmoid, hardsigmoid,
+    tanh) and layout operators (reshape) keep the entries of torch's own default mapping.
+    """
+    if method == "dynamic":
+        mapping = QConfigMapping().set_global(None)
+        activation = PlaceholderObserver.with_args(dtype=torch.quint8, quant_min=0, quant_max=255, is_dynamic=True)
+        linear = QConfig(activation=activation, weight=_weight(config, method, per_tensor=False))
+        for kind in (nn.Linear, F.linear):
+            mapping.set_object_type(kind, linear)
+        for kind in RNNS:  # torch packs their weights per tensor only
+            mapping.set_object_type(
+                kind, QConfig(activation=activation, weight=_weight(config, method, per_tensor=True))
+            )
+        return mapping
+    stock = get_default_qat_qconfig_mapping if method == "qat" else get_default_qconfig_mapping
+    mapping = stock(config.engine)
+    activation = _activation(config, method)
+    mapping.set_global(QConfig(activation=activation, weight=_weight(config, method, per_tensor=False)))
+    # no int8 kernel takes per-channel weights of a transposed convolution (pytorch/pytorch#47535)
+    transposed = QConfig(activation=activation, weight=_weight(config, method, per_tensor=True))
+    for kind in (*CONV_TRANSPOSES, *CONV_TRANSPOSE_FUNCTIONS):
+        mapping.set_object_type(kind, transposed)
+    for kind in FLOAT_BY_DESIGN:
+        mapping.set_object_type(kind, None)
+    return mapping

@@ -1,0 +1,199 @@
+"""QuantReport: what was quantized, what it cost and what it gained; as JSON, as Markdown and on the console."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatReport:
+    """One file format (of several files, if there are several targets: their sums, and the lowest SQNR).
+
+    Attributes:
+        size_bytes: Of the files.
+        latency_ms: Median time of one sample, through the file's own runtime, as reloaded.
+        sqnr_db: Of the reloaded files against the programs that they were written from, on real validation input.
+        metrics: The module's validation metrics with the reloaded files in place.
+    """
+
+    size_bytes: int
+    latency_ms: float
+    sqnr_db: float
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantReport:
+    """The result of a run.
+
+    Attributes:
+        method: static, dynamic or qat.
+        config: The resolved QuantConfig, as plain values.
+        targets: What was quantized as one graph each; ``forward`` is the module's own.
+        metrics_before: Validation metrics of the module as it came in (quantization-aware training only).
+        metrics_float: Validation metrics in float; after training, of the trained weights without fake quantize.
+        metrics_int8: Validation metrics of the int8 model.
+        size_bytes_float: Of the float weights and buffers that the files hold in int8.
+        size_bytes_int8: Of the file in the backend's native format.
+        latency_ms_float: One sample, the float model as frozen TorchScript.
+        latency_ms_int8: One sample, the native file, reloaded.
+        num_threads: Torch's threads while timing.
+        sqnr_db: Of the int8 model's output against the float model's, on real validation input.
+        coverage: Share of the multiply-accumulates of layers with weights that run in int8, 0 to 1.
+        artifacts: Format -> file, or format -> target -> file where there is one file per target.
+        formats: Format -> its size, latency, SQNR and metrics.
+        formats_left_out: Format -> why it was not written.
+        float_layers: Layer -> why it stays in float.
+        fused: Groups of modules that run as one kernel.
+        notes: Remarks for a person.
+    """
+
+    method: str
+    config: dict[str, Any]
+    targets: list[str]
+    metrics_before: dict[str, float] | None
+    metrics_float: dict[str, float]
+    metrics_int8: dict[str, float]
+    size_bytes_float: int
+    size_bytes_int8: int
+    latency_ms_float: float
+    latency_ms_int8: float
+    num_threads: int
+    sqnr_db: float
+    coverage: float
+    artifacts: dict[str, Path | dict[str, Path]]
+    formats: dict[str, FormatReport]
+    formats_left_out: dict[str, str]
+    float_layers: dict[str, str]
+    fused: list[tuple[str, ...]]
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values: paths as text, infinite decibels as ``"inf"``."""
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain
+
+    def to_markdown(self) -> str:
+        """The report as a page."""
+        lines = ["# Quantization report", "", f"Method `{self.method}`, backend `{self.config['backend']}`, engine "
+                 f"`{self.config['engine']}`. Quantized: {', '.join(f'`{t}`' for t in self.targets)}.", ""]  # fmt: skip
+        lines += _markdown_table(*self._summary())
+        lines += ["", "## Files", ""]
+        lines += _markdown_table(*self._files())
+        lines += [f"- `{name}` was not written: {reason}." for name, reason in self.formats_left_out.items()]
+        lines += ["", "## Layers in float", ""]
+        lines += [f"- `{name}`: {reason}" for name, reason in self.float_layers.items()] or ["None."]
+        lines += ["", "## Fused groups", ""]
+        lines += [f"- {' + '.join(f'`{m}`' for m in group)}" for group in self.fused] or ["None."]
+        if self.notes:
+            lines += ["", "## Notes", ""] + [f"- {note}" for note in self.notes]
+        return "\n".join(lines) + "\n"
+
+    def _summary(self) -> tuple[list[str], list[list[str]]]:
+        head = ["", "float", "int8", "change"]
+        rows = []
+        for name in sorted(self.metrics_float.keys() | self.metrics_int8.keys()):
+            a, b = self.metrics_float.get(name), self.metrics_int8.get(name)
+            change = "" if a is None or b is None else f"{b - a:+.4f}"
+            rows.append([name, _number(a), _number(b), change])
+        ratio = self.size_bytes_int8 / max(1, self.size_bytes_float)
+        speed = self.latency_ms_float / max(1e-9, self.latency_ms_int8)
+        rows.append(["size", _bytes(self.size_bytes_float), _bytes(self.size_bytes_int8), f"x {ratio:.2f}"])
+        threads = f"{self.num_threads} thread{'s' * (self.num_threads != 1)}"
+        rows.append([f"latency, one sample, {threads}", f"{self.latency_ms_float:.2f} ms",
+                     f"{self.latency_ms_int8:.2f} ms", f"{speed:.2f} times as fast"])  # fmt: skip
+        rows.append(["SQNR of the output", "", _db(self.sqnr_db), ""])
+        rows.append(["coverage (share of multiply-accumulates)", "0.0 %", f"{100 * self.coverage:.1f} %", ""])
+        if self.metrics_before:
+            head.insert(1, "before training")
+            for row in rows:
+                row.insert(1, _number(self.metrics_before.get(row[0])))
+        return head, rows
+
+    def _files(self) -> tuple[list[str], list[list[str]]]:
+        head = ["format", "file", "size", "latency", "SQNR against its program", "metrics, reloaded"]
+        rows = []
+        for name, entry in self.formats.items():
+            files = self.artifacts[name]
+            shown = ", ".join(str(f) for f in files.values()) if isinstance(files, dict) else str(files)
+            metrics = ", ".join(f"{k} {_number(v)}" for k, v in sorted(entry.metrics.items()))
+            rows.append(
+                [name, shown, _bytes(entry.size_bytes), f"{entry.latency_ms:.2f} ms", _db(entry.sqnr_db), metrics]
+            )
+        return head, rows
+
+    def print(self, console: Console | None = None) -> None:
+        """Show the tables on the console."""
+        console = console or Console()
+        for title, (head, rows) in ((f"int8 by {self.method}", self._summary()), ("files", self._files())):
+            table = Table(title=title, title_justify="left")
+            for number, text in enumerate(head):
+                right = number > 0 and title != "files"
+                table.add_column(text, justify="right" if right else "left", overflow="fold")
+            for row in rows:
+                table.add_row(*row)
+            if rows:
+                console.print(table)
+        for name, reason in self.float_layers.items():
+            console.print(f"float: {name} ({reason})", markup=False)
+        for note in [*(f"{n} was not written: {r}" for n, r in self.formats_left_out.items()), *self.notes]:
+            console.print(note, markup=False)
+
+    def write(self, directory: Path) -> None:
+        """Write ``report.json`` and ``report.md``; files of an earlier report that this one does not have are removed."""
+        path = directory / "report.json"
+        for old in _files_of(path) - {Path(f).name for f in _leaves(self.artifacts)}:
+            (directory / old).unlink(missing_ok=True)
+        for name, text in (
+            ("report.json", json.dumps(self.to_dict(), indent=2) + "\n"),
+            ("report.md", self.to_markdown()),
+        ):
+            partial = directory / f".{name}.partial"
+            partial.write_text(text, encoding="utf8")
+            partial.replace(directory / name)
+
+
+def _leaves(value: Any) -> list[Any]:
+    return [leaf for v in value.values() for leaf in _leaves(v)] if isinstance(value, dict) else [value]
+
+
+def _files_of(report: Path) -> set[str]:
+    """The names of the files that an earlier report lists."""
+    try:
+        return {Path(f).name for f in _leaves(json.loads(report.read_text(encoding="utf8"))["artifacts"])}
+    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+        return set()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _bytes(value: int) -> str:
+    return f"{value / 1e6:.2f} MB" if value >= 1e5 else f"{value / 1e3:.1f} kB"
+
+
+def _db(value: float) -> str:
+    return "exact" if value == math.inf else f"{value:.1f} dB"
+
+
+def _markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
+    cells = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(row) + " |" for row in cells]
