@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import torch
 
 try:
-    import torch.ao.nn.quantized.reference as reference_modules
     import torch.ao.nn.quantized.dynamic as dynamic_modules
-    import torch.ao.quantization.fx._decomposed  # noqa: F401 - registers torch.ops.quantized_decomposed
+    import torch.ao.nn.quantized.reference as reference_modules
+    import torch.ao.quantization.fx._decomposed
     from torch.ao.nn.intrinsic import _FusedModule as FusedModule
     from torch.ao.nn.intrinsic.qat.modules.conv_fused import _ConvBnNd as QatConvBn
     from torch.ao.nn.intrinsic.qat.modules.linear_fused import LinearBn1d as QatLinearBn1d

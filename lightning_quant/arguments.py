@@ -80,8 +80,8 @@ class Interface:
             if is_data(value) or name not in self.constants or not _same(value, self.constants[name]):
                 fixed = self.constants.get(name, "not given")
                 raise CaptureError(
-                    f"forward was captured with {name}={fixed!r} and is called with {name}={_brief(value)}. An int8 graph "
-                    "has the settings of the call that it was captured from: call it in that way, or leave this "
+                    f"forward was captured with {name}={fixed!r} and is called with {name}={_brief(value)}. An int8 "
+                    "graph has the settings of the call that it was captured from: call it in that way, or leave this "
                     "submodule in float with QuantConfig(skip=...)."
                 )
         for name in self.inputs:

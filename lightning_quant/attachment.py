@@ -41,8 +41,10 @@ class Attached(nn.Module):
         return dict(zip(self.names, self.graphs, strict=True))  # type: ignore[arg-type]
 
     def train(self, mode: bool = True) -> Attached:
-        """Set the mode of what only the graphs have. The model's own layers follow the model, which may keep some of
-        them in eval mode on purpose."""
+        """Set the mode of what only the graphs have.
+
+        The model's own layers follow the model, which may keep some of them in eval mode on purpose.
+        """
         self.training = mode
         for module in self.__dict__["own"]:
             module.training = mode

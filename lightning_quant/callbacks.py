@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lightning_quant._roots import Callback, root_of
+from lightning_quant._roots import Callback
 from lightning_quant.attachment import after_method, attach, attached_to, detach, relink, run_quantized, unbind
 from lightning_quant.backends import fx
 from lightning_quant.capture import Capture
@@ -41,11 +41,13 @@ def _check_trainer(trainer: Any, *, trains_quantized: bool) -> None:
     """Refuse what would give wrong results, with the remedy."""
     if trainer.world_size > 1:
         raise ConfigError(
-            f"quantization on {trainer.world_size} processes is not supported yet: each would see the ranges of its own "
+            f"quantization on {trainer.world_size} processes is not supported yet: each would see the ranges of its "
+            f"own "
             "data only. Use Trainer(devices=1, num_nodes=1)."
         )
     precision = str(trainer.precision)
-    if precision.endswith("-true") and not precision.startswith("32") or (trains_quantized and precision != "32-true"):
+    half_weights = precision.endswith("-true") and precision != "32-true"
+    if half_weights or (trains_quantized and precision != "32-true"):
         raise ConfigError(
             f"Trainer(precision={precision!r}): quantization needs float32 "
             + ("activations to fake quantize. " if trains_quantized else "weights to start from. ")
@@ -70,7 +72,7 @@ def _log_report(trainer: Any, report: QuantReport) -> None:
         logger.save()
 
 
-class _Base(Callback):  # type: ignore[misc]
+class _Base(Callback):
     """What both callbacks do: find the targets before the run, and run the int8 model in ``test``."""
 
     def __init__(self, config: QuantConfig, method: Method, export: ExportConfig) -> None:
@@ -132,7 +134,8 @@ class _Base(Callback):  # type: ignore[misc]
             restore(module)
 
     def _watch_loading(self, pl_module: Any) -> None:
-        # bound on the module: Lightning calls a callback's own load hook after the weights are loaded, and not at all for
+        # bound on the module: Lightning calls a callback's own load hook after the weights are loaded, and not at
+        # all for
         # checkpoints that were saved with save_weights_only
         self._loaded = None
 
@@ -182,8 +185,8 @@ class PostTrainingQuantization(_Base):
     ) -> None:
         if method not in ("static", "dynamic"):
             raise ConfigError(
-                f"PostTrainingQuantization(method={method!r}): give 'static' or 'dynamic'. To train with fake quantize, "
-                "use QuantizationAwareTraining."
+                f"PostTrainingQuantization(method={method!r}): give 'static' or 'dynamic'. To train with fake "
+                "quantize, use QuantizationAwareTraining."
             )
         if calibration_batches is not None and (isinstance(calibration_batches, bool) or calibration_batches < 1):
             raise ConfigError(f"calibration_batches={calibration_batches!r}: give 1 or more, or None for all.")
@@ -202,8 +205,10 @@ class PostTrainingQuantization(_Base):
         _check_trainer(trainer, trains_quantized=False)
         if self.method == "static" and not has_validation(trainer, pl_module):
             raise ConfigError(
-                "static quantization calibrates on validation data, and there is none: give the Trainer a val dataloader, "
-                "define validation_step, and leave limit_val_batches above 0. Or use method='dynamic', which needs no data."
+                "static quantization calibrates on validation data, and there is none: give the Trainer a val "
+                "dataloader, "
+                "define validation_step, and leave limit_val_batches above 0. Or use method='dynamic', which needs no "
+                "data."
             )
         if not trainer.fast_dev_run:
             check_writable(self.export.path)
@@ -414,10 +419,10 @@ class QuantizationAwareTraining(_Base):
                     "QuantizationAwareTraining. Test it without the callback, or give PostTrainingQuantization."
                 )
             log.info("test: the checkpoint's weights and observers are converted to int8 afresh.")
-            _, captured = (self._sample, self._captured) if self._captured else self._capture(trainer, pl_module)
+            captured = self._captured or self._capture(trainer, pl_module)[1]
             with isolated_rng():
                 twin = copy_of(pl_module)
-                graphs = prepare_graphs(twin, captured, self.config, self.method)  # type: ignore[arg-type]
+                graphs = prepare_graphs(twin, captured, self.config, self.method)
                 attach(twin, graphs)
                 self._load(twin, self._loaded["observers"])
                 self._converted = convert_module(pl_module, graphs).converted

@@ -64,7 +64,8 @@ class TensorSpec:
     """How one kind of tensor (activations, or weights) is quantized: ``x ~ (q - zero_point) * scale``.
 
     Attributes:
-        dtype: ``quint8`` (0..255) or ``qint8`` (-128..127). ``auto``: ``quint8`` for activations, ``qint8`` for weights.
+        dtype: ``quint8`` (0..255) or ``qint8`` (-128..127). ``auto``: the first for activations, the second for
+            weights.
         qscheme: One scale per tensor or per output channel, affine (with a zero point) or symmetric. ``auto``:
             ``per_tensor_affine`` for activations; for weights ``per_channel_symmetric``, on ``qnnpack``
             ``per_tensor_symmetric``.

@@ -71,7 +71,7 @@ def copy_of(module: Any) -> Any:
 
 
 def forget(module: Any) -> None:
-    """Take off a LightningModule what ties it to a run: its Trainer, and a cache whose keys are the ids of the original."""
+    """Take off a LightningModule its Trainer, and a cache whose keys are the ids of another copy's metrics."""
     module._metric_attributes = None
     module.trainer = None
 
@@ -178,7 +178,7 @@ class _BatchCounter:
         self.batches = 0
         outer = self
 
-        class Counter(root.Callback):  # type: ignore[name-defined,misc]
+        class Counter(root.Callback):  # type: ignore[name-defined]
             def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
                 outer.batches += 1
 
@@ -186,7 +186,7 @@ class _BatchCounter:
 
 
 def _progress_bar(root: ModuleType, text: str) -> Any:
-    class Bar(root.callbacks.TQDMProgressBar):  # type: ignore[name-defined,misc]
+    class Bar(root.callbacks.TQDMProgressBar):  # type: ignore[name-defined]
         @property
         def validation_description(self) -> str:
             return text
@@ -210,7 +210,7 @@ def calibrate(
         The metrics, those of the module without observers to the last digit.
     """
 
-    class Stop(data.root.Callback):  # type: ignore[name-defined,misc]
+    class Stop(data.root.Callback):  # type: ignore[name-defined]
         seen = 0
 
         def on_validation_batch_end(self, *_: Any, **__: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -83,11 +84,11 @@ def _fold_transposed(graph_module: fx.GraphModule) -> dict[str, str]:
     for node in list(graph_module.graph.nodes):
         if node.op != "call_module" or len(node.users) != 1:
             continue
-        conv = graph_module.get_submodule(str(node.target))
+        conv: Any = graph_module.get_submodule(str(node.target))
         following = next(iter(node.users))
         if not isinstance(conv, CONV_TRANSPOSES) or following.op != "call_module":
             continue
-        norm = graph_module.get_submodule(str(following.target))
+        norm: Any = graph_module.get_submodule(str(following.target))
         if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.training:
             continue
         graph_module.add_submodule(str(node.target), fuse_conv_bn_eval(conv, norm, transpose=True))

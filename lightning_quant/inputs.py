@@ -73,7 +73,8 @@ def sample(trainer: Any, module: Any) -> Sample:
             recordings = _record(module, "forward", lambda twin: twin(*call.args, **call.keywords))
             return Sample(recordings, "example_input_array", None)
     raise CaptureError(
-        f"no input was found to trace {type(module).__name__} with: there is no validation or training batch that can be "
+        f"no input was found to trace {type(module).__name__} with: there is no validation or training batch "
+        f"that can be "
         "looked at without consuming it. Set self.example_input_array in the LightningModule to an input of forward."
     )
 
@@ -90,7 +91,8 @@ def _record(module: Any, step: str, run: Any) -> dict[str, Recording]:
         return record_calls(twin, run)
     except Exception as error:
         raise CaptureError(
-            f"{type(module).__name__}.{step} raised {type(error).__name__} on one batch, on the CPU in eval mode: {error}. "
+            f"{type(module).__name__}.{step} raised {type(error).__name__} on one batch, on the CPU in eval mode: "
+            f"{error}. "
             "Its parts are traced with what it passes them. If it cannot run there, set self.example_input_array."
         ) from error
 
@@ -282,7 +284,8 @@ def validation_data_of_test(trainer: Any, module: Any) -> ValidationData:
         loaders = module.val_dataloader()
     else:
         raise CalibrationError(
-            "test(ckpt_path=...) with PostTrainingQuantization calibrates the checkpoint's weights, and there is no val "
+            "test(ckpt_path=...) with PostTrainingQuantization calibrates the checkpoint's weights, and there is no "
+            "val "
             "dataloader: give test a datamodule that has one, or call validate(ckpt_path=...) first and test after it."
         )
     return ValidationData(root, loaders, "sequential", datamodule, trainer.limit_val_batches)

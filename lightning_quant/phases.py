@@ -59,8 +59,8 @@ class Schedule:
             least = self.start_epoch + (name == "freeze_observers_epoch")
             if epoch < least:
                 raise ConfigError(
-                    f"{name}={epoch} with start_epoch={self.start_epoch}: quantization has to have begun; give {least} or "
-                    "later, or None for never."
+                    f"{name}={epoch} with start_epoch={self.start_epoch}: quantization has to have begun; give {least} "
+                    "or later, or None for never."
                 )
 
     def phase(self, epoch: int) -> Phase:

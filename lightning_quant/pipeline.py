@@ -114,7 +114,7 @@ def convert_module(module: Any, graphs: Graphs) -> Quantized:
 
 @dataclass(frozen=True)
 class _Part:
-    """One file: the program that it is written from, its float twin, and how a call of ``forward`` becomes its inputs."""
+    """One file: the program that it is written from, its float twin, and how a call becomes its inputs."""
 
     program: Program
     float_program: nn.Module
@@ -122,7 +122,7 @@ class _Part:
 
 
 def _parts(quantized: Quantized, sample: Sample, captured: Capture) -> list[_Part]:
-    """One part for the module's own forward where that reaches every target and can be captured, else one per target."""
+    """One part for the module's own forward if that can be captured and reaches every target, else one per target."""
     module = quantized.float_module
     names = tuple(quantized.converted)
     if names != ("",):

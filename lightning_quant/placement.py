@@ -45,6 +45,7 @@ class ToGraph:
         self.on_cpu = on_cpu
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The graph's output."""
         data = self.interface.flatten(args, kwargs)
         if not self.on_cpu:
             return self.graph(*data)
@@ -62,6 +63,7 @@ class Observed:
         self.enabled = True
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's own output."""
         if self.enabled:
             self.graph(*self.interface.flatten(args, kwargs))
         return type(module).forward(module, *args, **kwargs)

@@ -51,6 +51,12 @@ FLOAT_BY_DESIGN: dict[Any, str] = dict.fromkeys(
 )  # fmt: skip
 
 
+#: Share of the newest batch in the moving average of an activation's range. Torch's 0.01 looks back a hundred batches,
+#: and clips the activations of a network that still grows: in trainings of 40 to 320 steps the int8 output was 10 to
+#: 17 dB further from float than with this value (small residual CNN, digits, three seeds).
+AVERAGING_CONSTANT = 0.1
+
+
 def activation_range(spec: TensorSpec) -> tuple[int, int]:
     """The integers ``(quant_min, quant_max)`` of activations, both included: all that the type has."""
     return (-128, 127) if spec.dtype == "qint8" else (0, 255)
@@ -86,7 +92,7 @@ def _activation(config: QuantConfig, method: Method) -> Any:
         "quant_min": low,
         "quant_max": high,
     }
-    observers = {
+    observers: dict[str, Any] = {
         "histogram": HistogramObserver,
         "min_max": MinMaxObserver,
         "moving_average": MovingAverageMinMaxObserver,
@@ -94,7 +100,9 @@ def _activation(config: QuantConfig, method: Method) -> Any:
     if method == "static":
         return observers["histogram" if spec.observer == "auto" else spec.observer].with_args(**shared)
     # the fused kernel computes the moving average itself, so that it is the only estimator of training
-    return FusedMovingAvgObsFakeQuantize.with_args(observer=MovingAverageMinMaxObserver, **shared)
+    return FusedMovingAvgObsFakeQuantize.with_args(
+        observer=MovingAverageMinMaxObserver, averaging_constant=AVERAGING_CONSTANT, **shared
+    )
 
 
 def _weight(config: QuantConfig, method: Method, *, per_tensor: bool) -> Any:
@@ -125,6 +133,7 @@ def qconfig_mapping(config: QuantConfig, method: Method) -> QConfigMapping:
         mapping = QConfigMapping().set_global(None)
         activation = PlaceholderObserver.with_args(dtype=torch.quint8, quant_min=0, quant_max=255, is_dynamic=True)
         linear = QConfig(activation=activation, weight=_weight(config, method, per_tensor=False))
+        kind: Any
         for kind in (nn.Linear, F.linear):
             mapping.set_object_type(kind, linear)
         for kind in RNNS:  # torch packs their weights per tensor only

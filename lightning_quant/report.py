@@ -147,7 +147,7 @@ class QuantReport:
             console.print(note, markup=False)
 
     def write(self, directory: Path) -> None:
-        """Write ``report.json`` and ``report.md``; files of an earlier report that this one does not have are removed."""
+        """Write ``report.json`` and ``report.md``; files that only an earlier report lists are removed."""
         path = directory / "report.json"
         for old in _files_of(path) - {Path(f).name for f in _leaves(self.artifacts)}:
             (directory / old).unlink(missing_ok=True)

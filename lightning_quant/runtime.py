@@ -67,7 +67,8 @@ def _check_cpu(path: Path, metadata: dict[str, Any]) -> None:
     config = metadata["config"]
     if config["engine"] != "qnnpack" and not config["reduce_range"] and not cpu_has_vnni():
         warnings.warn(
-            f"{path}: was quantized with reduce_range=False, for CPUs with VNNI instructions. This CPU has none: its int8 "
+            f"{path}: was quantized with reduce_range=False, for CPUs with VNNI instructions. This CPU has none: its "
+            f"int8 "
             "sums saturate, and results are wrong. Quantize again with QuantConfig(reduce_range=True).",
             UserWarning,
             stacklevel=3,

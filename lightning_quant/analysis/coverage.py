@@ -125,7 +125,7 @@ class _Names:
         return self.stack[-1] if self.stack else ""
 
 
-def _recurrent_macs(module: nn.Module, x: Any) -> int:
+def _recurrent_macs(module: Any, x: Any) -> int:
     """Each step multiplies the input and the hidden state by the weights of every gate."""
     data = getattr(x, "data", x)  # a PackedSequence has its steps there
     steps = data.numel() // data.shape[-1]

@@ -115,7 +115,8 @@ def reference(prepared: nn.Module, config: QuantConfig | None = None) -> nn.Modu
 def _each_graph(prepared: nn.Module, config: QuantConfig | None, change: Any) -> nn.Module:
     if fx.is_graph(prepared):
         _check_same(prepared, config)
-        return change(prepared)  # type: ignore[no-any-return]
+        changed: nn.Module = change(prepared)
+        return changed
     names = [name for name, module in prepared.named_modules() if fx.is_graph(module)]
     if not names:
         raise CaptureError(f"{type(prepared).__name__} was not made by lightning_quant.prepare: prepare it first.")

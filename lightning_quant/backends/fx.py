@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,8 +28,8 @@ from lightning_quant._torch_ao import (
     quiet,
     swap_float_functional,
 )
-from lightning_quant.backends.tracing import Traced, trace
 from lightning_quant.arguments import Call, Interface
+from lightning_quant.backends.tracing import Traced, trace
 from lightning_quant.config import Method, QuantConfig, resolve
 from lightning_quant.errors import CalibrationError, CaptureError
 from lightning_quant.fusion import FusedGroup, fuse
@@ -191,7 +191,7 @@ def link(prepared: fx.GraphModule, model: nn.Module) -> None:
             continue
         for registry, theirs in ((module._parameters, origin._parameters), (module._buffers, origin._buffers)):
             for key in registry.keys() & theirs.keys():
-                registry[key] = theirs[key]  # type: ignore[assignment]
+                registry[key] = theirs[key]
 
 
 def own_modules(prepared: fx.GraphModule, model: nn.Module) -> list[nn.Module]:
@@ -241,13 +241,14 @@ def _finished(prepared: fx.GraphModule) -> fx.GraphModule:
         )
     twin = copy.deepcopy(prepared).cpu().eval()
     with torch.no_grad():
+        module: Any
         for module in twin.modules():
             fake_quantize = getattr(module, "weight_fake_quant", None)
             if not isinstance(fake_quantize, FakeQuantizeBase):
                 continue
             weight = module.weight
             if isinstance(module, (QatConvBn, QatLinearBn1d)):
-                norm = module.bn
+                norm: Any = module.bn
                 factor = norm.weight / torch.sqrt(norm.running_var + norm.eps)
                 weight = weight * factor.reshape([-1] + [1] * (weight.dim() - 1))
             fake_quantize.enable_observer()
@@ -270,7 +271,7 @@ def convert(prepared: fx.GraphModule) -> fx.GraphModule:
 
 
 def reference(prepared: fx.GraphModule) -> fx.GraphModule:
-    """The same model with explicit quantize and dequantize operators around float arithmetic. ``prepared`` is unchanged.
+    """The same model as float arithmetic between quantize and dequantize operators. ``prepared`` is unchanged.
 
     Raises:
         CalibrationError: An observer saw no data.

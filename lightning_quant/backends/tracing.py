@@ -1,6 +1,7 @@
 """torch.fx tracing that does not ask the user to prepare the model for it.
 
-:func:`trace` gives a graph whose leaves are the modules of ``torch.nn``, with what FX graph mode stumbles over set right:
+:func:`trace` gives a graph whose leaves are the modules of ``torch.nn``, with what FX graph mode stumbles
+over set right:
 arguments that the call did not give are their defaults, functions that obey ``self.training`` go on obeying it, and
 convolutions without a bias say so.
 """
@@ -14,14 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
 from lightning_quant._torch_ao import QuantizationTracer
 from lightning_quant.arguments import Call, Interface, signature_of
 from lightning_quant.errors import CaptureError
-from lightning_quant.qconfig import CONV_FUNCTIONS, CONV_TRANSPOSE_FUNCTIONS, CONVS
+from lightning_quant.qconfig import CONV_FUNCTIONS, CONV_TRANSPOSE_FUNCTIONS
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _trace_once(root: nn.Module, call: Call, leaves: tuple[str, ...] = ()) -> Tr
         return _single_layer(root, interface)
     try:
         graph = tracer.trace(root)
-    except Exception as error:  # noqa: BLE001 - user code runs on proxies here and may raise anything
+    except Exception as error:
         raise CaptureError(f"cannot be traced as one graph: {_where(error)}{type(error).__name__}: {error}") from error
     replaced = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
     module = fx.GraphModule(root, graph, type(root).__name__)
@@ -210,11 +210,11 @@ def _follow_mode(train: Traced, evaluation: Traced) -> None:
 
 
 def _write_out_convolutions(graph_module: fx.GraphModule) -> None:
-    """Give convolutions the form that torch.ao lowers: every argument by position, sizes as tuples, no padding words."""
+    """Give convolutions the form that torch.ao lowers: all arguments by position, sizes as tuples, no words."""
     for node in graph_module.graph.nodes:
         if node.op == "call_module":
             module = graph_module.get_submodule(node.target)
-            if isinstance(module, CONVS) and isinstance(module.padding, str):
+            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and isinstance(module.padding, str):
                 padding = _same_padding(module.padding, module.kernel_size, module.dilation)
                 if padding is not None:
                     module.padding = padding

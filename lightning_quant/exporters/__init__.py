@@ -175,7 +175,8 @@ def _verify(label: str, path: Path, source: nn.Module, expected: Any, program: P
         figures = [sqnr_db(ours, theirs) for ours, theirs in pairs]
     if min(figures) < MIN_SQNR_DB:
         raise ExportError(
-            f"{label}: the file computes something else than the model that it was written from: {min(figures):.1f} dB, "
+            f"{label}: the file computes something else than the model that it was written from: {min(figures):.1f} "
+            f"dB, "
             f"where at least {MIN_SQNR_DB:.0f} dB are needed. It was not kept. Leave the format out with "
             "ExportConfig(formats=...), or find the layer with QuantConfig(skip=...)."
         )
@@ -226,10 +227,11 @@ def export(
     known = _first_info(converted)
     formats, _ = resolve_formats(known.config, known.method, export_config)
     call = backends.as_call(example_inputs)
-    if not fx.is_graph(converted):
+    if not isinstance(prepared, torch_fx.GraphModule):
         parts = sorted(name.removesuffix(".graph") for name, m in prepared.named_modules() if fx.is_graph(m))
         raise ExportError(
-            f"{type(prepared).__name__} could only be captured in parts, and one file holds one graph. Prepare and export "
+            f"{type(prepared).__name__} could only be captured in parts, and one file holds one graph. Prepare and "
+            f"export "
             f"each part by itself: {', '.join(parts)}."
         )
     interface = known.interface

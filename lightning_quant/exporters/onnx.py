@@ -51,6 +51,7 @@ def export(module: nn.Module, inputs: tuple[Any, ...], path: Path, metadata: dic
             f"torch.export cannot capture the model with a free batch dimension: {error}\nLeave the part that it names "
             "out with QuantConfig(targets=...), or leave 'onnx' out of ExportConfig(formats=...)."
         ) from error
+    assert written is not None  # as it is with dynamo=True
     written.save(str(path))
     model = onnx.load(str(path))
     for node in model.graph.node:
@@ -76,7 +77,7 @@ class _Variadic(nn.Module):
         return self.module(*data)
 
 
-class _quiet_exporter:  # noqa: N801 - a context manager
+class _quiet_exporter:
     """Keep the exporter's remarks on its own progress from the user."""
 
     def __enter__(self) -> None:
@@ -96,7 +97,7 @@ class _quiet_exporter:  # noqa: N801 - a context manager
 
 
 def dynamic_shapes(inputs: tuple[Any, ...], batch: Any) -> Any:
-    """``inputs`` with ``{0: batch}`` for each tensor that has as many rows as the first one, ``None`` for the others."""
+    """``inputs`` with ``{0: batch}`` for each tensor with as many rows as the first one, ``None`` for others."""
     from torch.utils._pytree import tree_flatten, tree_map
 
     tensors = [x for x in tree_flatten(inputs)[0] if isinstance(x, torch.Tensor) and x.dim()]

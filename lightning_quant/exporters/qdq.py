@@ -38,7 +38,7 @@ class Int8Weight(nn.Module):
         scalars: ``(scale, zero_point)`` of a weight that has one scale, else None.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: Any) -> None:
         super().__init__()
         self.function = _FUNCTIONS[type(layer)]
         self.register_buffer("weight", layer.get_quantized_weight().detach())
@@ -75,11 +75,11 @@ class Int8Weight(nn.Module):
         return f"{self.function.__name__}, weight={tuple(self.weight.shape)}"
 
 
-def _pads_itself(layer: nn.Module) -> bool:
+def _pads_itself(layer: Any) -> bool:
     return getattr(layer, "padding_mode", "zeros") != "zeros"
 
 
-def _call_arguments(layer: nn.Module) -> dict[str, Any]:
+def _call_arguments(layer: Any) -> dict[str, Any]:
     if isinstance(layer, nn.Linear):
         return {}
     names = ["stride", "padding", "dilation", "groups"]
@@ -111,7 +111,7 @@ def _store_functional_weights(graph_module: fx.GraphModule) -> None:
     for number, node in enumerate(list(graph_module.graph.nodes)):
         if node.target not in quantizers or any(n.op != "get_attr" for n in node.all_input_nodes):
             continue
-        args = fx.node.map_arg(node.args, lambda n: _attribute(graph_module, n.target))
+        args = fx.node.map_arg(node.args, lambda n: _attribute(graph_module, str(n.target)))
         value = node.target(*args)
         name = f"_int8_weight_{number}"
         graph_module.register_buffer(name, value.detach())

@@ -1,0 +1,107 @@
+"""Small models, and what tests do with them: settle batch norms, calibrate, compare."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_quant import QuantConfig, prepare
+from lightning_quant.config import Method
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU()
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(y)) + x)
+
+
+class Residual(nn.Module):
+    """Takes ``(N, 3, 8, 8)``, gives ``(N, 5)``. Its blocks use one ReLU module twice."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+        self.blocks = nn.Sequential(Block(width), Block(width))
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(width, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.blocks(F.relu(self.bn(self.stem(x))))
+        return self.fc(torch.flatten(self.pool(x), 1))
+
+
+class Mlp(nn.Module):
+    """Takes ``(N, 4)``, gives ``(N, 3)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 6)
+        self.act = nn.ReLU()
+        self.second = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.act(self.first(x)))
+
+
+class TwoInputs(nn.Module):
+    """Two inputs of ``(N, 4)`` and a setting; gives a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Linear(4, 3)
+        self.right = nn.Linear(4, 3)
+
+    def forward(self, a: torch.Tensor, *, b: torch.Tensor, double: bool = False) -> dict[str, torch.Tensor]:
+        y = self.left(a) + self.right(b)
+        return {"sum": y + y if double else y, "left": self.left(a)}
+
+
+class Branching(nn.Module):
+    """Chooses one of its parts by the values that it gets, so that no graph can stand for it as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = Mlp()
+        self.down = Mlp()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(x) if x.sum() > 0 else self.down(x)
+
+
+def settle(model: nn.Module, shape: tuple[int, ...] = (32, 3, 8, 8), steps: int = 20) -> nn.Module:
+    """Let the running statistics of batch norms be those of standard normal input. Returns ``model`` in eval mode."""
+    model.train()
+    with torch.no_grad():
+        for _ in range(steps):
+            model(torch.randn(shape))
+    return model.eval()
+
+
+def calibrated(
+    model: nn.Module, *data: Any, method: Method = "static", config: QuantConfig | None = None, passes: int = 1
+) -> Any:
+    """``model`` prepared on ``data``, of which its observers have then seen ``passes`` passes; in eval mode."""
+    prepared = prepare(model, config, method=method, example_inputs=tuple(data))
+    with torch.no_grad():
+        for _ in range(passes):
+            prepared(*data)
+    return prepared.eval()
+
+
+def decibels(reference: torch.Tensor, other: torch.Tensor) -> float:
+    """``10 * log10(sum(ref^2) / sum((ref - other)^2))``, computed by NumPy."""
+    a, b = (x.detach().double().numpy() for x in (reference, other))
+    return float(10 * np.log10((a**2).sum() / ((a - b) ** 2).sum()))
