@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -40,6 +41,16 @@ def is_data(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and any(is_data(v) for v in value)
 
 
+def is_setting(value: Any) -> bool:
+    """Whether an argument is a plain value that can be compared, or a container of such."""
+    if isinstance(value, dict):
+        return all(is_setting(v) for v in value.values())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(is_setting(v) for v in value)
+    plain = (bool, int, float, complex, str, bytes, slice, range, Enum, torch.dtype, torch.device, torch.layout)
+    return value is None or isinstance(value, plain)
+
+
 def signature_of(module: nn.Module) -> inspect.Signature:
     """The signature of the class's ``forward`` without ``self``, whatever was bound to the instance."""
     signature = inspect.signature(type(module).forward)
@@ -62,9 +73,18 @@ class Interface:
 
     @classmethod
     def of(cls, signature: inspect.Signature, call: Call) -> Interface:
-        """The interface that fits calls like ``call``."""
+        """The interface that fits calls like ``call``.
+
+        Raises:
+            CaptureError: An argument is neither data nor a plain setting.
+        """
         values = _named_values(signature, call.args, call.keywords)
         inputs = tuple(name for name, value in values.items() if is_data(value))
+        for name, value in values.items():
+            if name not in inputs and not is_setting(value):
+                raise CaptureError(
+                    f"its argument {name!r} is a {type(value).__name__}, which may hold tensors of its own"
+                )
         return cls(signature, inputs, {name: value for name, value in values.items() if name not in inputs})
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -77,12 +97,12 @@ class Interface:
         for name, value in values.items():
             if name in self.inputs:
                 continue
-            if is_data(value) or name not in self.constants or not _same(value, self.constants[name]):
-                fixed = self.constants.get(name, "not given")
+            if not is_setting(value) or name not in self.constants or not _same(value, self.constants[name]):
+                how = f"with {name}={self.constants[name]!r}" if name in self.constants else f"without {name}"
                 raise CaptureError(
-                    f"forward was captured with {name}={fixed!r} and is called with {name}={_brief(value)}. An int8 "
-                    "graph has the settings of the call that it was captured from: call it in that way, or leave this "
-                    "submodule in float with QuantConfig(skip=...)."
+                    f"forward was captured {how} and is called with {name}={_brief(value)}. An int8 graph has the "
+                    "settings of the call that it was captured from: call it in that way, or leave this submodule in "
+                    "float with QuantConfig(skip=...)."
                 )
         for name in self.inputs:
             if not is_data(values.get(name)):
@@ -102,8 +122,11 @@ class Interface:
                 bound.arguments[name] = tuple(values[f"{name}_{i}"] for i in indices)
             elif parameter.kind is parameter.VAR_KEYWORD:
                 known = self.signature.parameters
+                variadic = [p for p, kind in known.items() if kind.kind is kind.VAR_POSITIONAL]
                 bound.arguments[name] = {
-                    k: v for k, v in values.items() if k not in known and not any(_is_positional(k, p) for p in known)
+                    k: v
+                    for k, v in values.items()
+                    if k not in known and not any(_is_positional(k, p) for p in variadic)
                 }
             elif name in values:
                 bound.arguments[name] = values[name]

@@ -42,8 +42,7 @@ def _check_trainer(trainer: Any, *, trains_quantized: bool) -> None:
     if trainer.world_size > 1:
         raise ConfigError(
             f"quantization on {trainer.world_size} processes is not supported yet: each would see the ranges of its "
-            f"own "
-            "data only. Use Trainer(devices=1, num_nodes=1)."
+            "own data only. Use Trainer(devices=1, num_nodes=1)."
         )
     precision = str(trainer.precision)
     half_weights = precision.endswith("-true") and precision != "32-true"

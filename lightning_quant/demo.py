@@ -59,7 +59,7 @@ class DigitsClassifier(_PL.LightningModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(batch, 1, 8, 8)`` -> logits ``(batch, 10)``."""
-        return self.model(x)  # type: ignore[no-any-return]
+        return self.model(x)
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         """Cross entropy of a batch ``(images, labels)``."""

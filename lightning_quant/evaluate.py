@@ -143,10 +143,10 @@ def evaluate(
         CalibrationError: There was no batch.
     """
     root = data.root
-    combined = root.utilities.CombinedLoader(data.loaders, data.mode)
     counter = _BatchCounter(root)
     bar = [_progress_bar(root, progress)] if progress else []
     with _quiet(), _built(module):
+        combined = root.utilities.CombinedLoader(data.loaders, data.mode)
         trainer = root.Trainer(
             accelerator="cpu",
             devices=1,

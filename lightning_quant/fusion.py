@@ -86,12 +86,13 @@ def _fold_transposed(graph_module: fx.GraphModule) -> dict[str, str]:
             continue
         conv: Any = graph_module.get_submodule(str(node.target))
         following = next(iter(node.users))
-        if not isinstance(conv, CONV_TRANSPOSES) or following.op != "call_module":
+        if type(conv) not in CONV_TRANSPOSES or following.op != "call_module":
             continue
         norm: Any = graph_module.get_submodule(str(following.target))
         if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.training:
             continue
-        graph_module.add_submodule(str(node.target), fuse_conv_bn_eval(conv, norm, transpose=True))
+        fused: nn.Module = fuse_conv_bn_eval(conv, norm, transpose=True)
+        graph_module.add_submodule(str(node.target), fused)
         folded[str(node.target)] = str(following.target)
         following.replace_all_uses_with(node)
         graph_module.graph.erase_node(following)

@@ -285,7 +285,6 @@ def validation_data_of_test(trainer: Any, module: Any) -> ValidationData:
     else:
         raise CalibrationError(
             "test(ckpt_path=...) with PostTrainingQuantization calibrates the checkpoint's weights, and there is no "
-            "val "
-            "dataloader: give test a datamodule that has one, or call validate(ckpt_path=...) first and test after it."
+            "val dataloader: give test a datamodule that has one, or call validate(ckpt_path=...) before test."
         )
     return ValidationData(root, loaders, "sequential", datamodule, trainer.limit_val_batches)

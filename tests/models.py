@@ -6,11 +6,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from hypothesis import settings
 from torch import nn
 from torch.nn import functional as F
 
 from lightning_quant import QuantConfig, prepare
 from lightning_quant.config import Method
+
+#: For property tests: the same examples in every run, and no clock, which a busy machine would fail.
+PROPERTY = settings(derandomize=True, deadline=None, max_examples=60)
 
 
 class Block(nn.Module):

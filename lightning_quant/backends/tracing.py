@@ -98,6 +98,8 @@ class _Tracer(QuantizationTracer):
 
 def _trace_once(root: nn.Module, call: Call, leaves: tuple[str, ...] = ()) -> Traced:
     interface = Interface.of(signature_of(root), call)
+    if not interface.inputs:
+        raise CaptureError("it is called without a tensor")
     tracer = _Tracer(interface, leaves)
     if tracer.is_leaf_module(root, ""):
         return _single_layer(root, interface)

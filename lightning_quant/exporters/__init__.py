@@ -231,8 +231,7 @@ def export(
         parts = sorted(name.removesuffix(".graph") for name, m in prepared.named_modules() if fx.is_graph(m))
         raise ExportError(
             f"{type(prepared).__name__} could only be captured in parts, and one file holds one graph. Prepare and "
-            f"export "
-            f"each part by itself: {', '.join(parts)}."
+            f"export each part by itself: {', '.join(parts)}."
         )
     interface = known.interface
     data = interface.flatten(call.args, call.keywords)

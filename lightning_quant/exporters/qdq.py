@@ -72,7 +72,7 @@ class Int8Weight(nn.Module):
 
     def extra_repr(self) -> str:
         """The function's name and the weight's shape."""
-        return f"{self.function.__name__}, weight={tuple(self.weight.shape)}"
+        return f"{self.function.__name__}, weight={tuple(self.get_buffer('weight').shape)}"
 
 
 def _pads_itself(layer: Any) -> bool:

@@ -1,0 +1,46 @@
+"""Int8 accuracy beside float on real data, as benchmarks/accuracy.py measures it."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from statistics import mean
+from types import ModuleType
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def accuracy() -> ModuleType:
+    path = Path(__file__).parents[1] / "benchmarks" / "accuracy.py"
+    spec = importlib.util.spec_from_file_location("benchmarks_accuracy", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _check(rows: list) -> None:
+    # the goals of the package: 0.5 point after training, 0.3 point with training, means over the seeds
+    for row in rows:
+        assert row.float_acc - row.ptq_acc <= 0.005
+        assert row.ptq.coverage >= 0.99
+        assert row.qat.coverage >= 0.99
+    assert mean(row.float_acc for row in rows) - mean(row.qat_acc for row in rows) <= 0.003
+
+
+@pytest.mark.slow
+def test_digits(accuracy: ModuleType) -> None:
+    rows = [accuracy.run(accuracy.digits_task(), seed) for seed in accuracy.SEEDS]
+    assert min(row.float_acc for row in rows) > 0.95
+    _check(rows)
+
+
+@pytest.mark.slow
+def test_fashion_mnist(accuracy: ModuleType, fashion_mnist_path: Path) -> None:
+    rows = [accuracy.run(accuracy.fashion_mnist_task(fashion_mnist_path), seed) for seed in accuracy.SEEDS]
+    assert min(row.float_acc for row in rows) > 0.87
+    _check(rows)
