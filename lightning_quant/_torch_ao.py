@@ -13,12 +13,11 @@ from collections.abc import Iterator
 import torch
 
 try:
+    import torch.ao.nn.intrinsic.qat as qat_conv_bn_modules
     import torch.ao.nn.quantized.dynamic as dynamic_modules
     import torch.ao.nn.quantized.reference as reference_modules
     import torch.ao.quantization.fx._decomposed
     from torch.ao.nn.intrinsic import _FusedModule as FusedModule
-    from torch.ao.nn.intrinsic.qat.modules.conv_fused import _ConvBnNd as QatConvBn
-    from torch.ao.nn.intrinsic.qat.modules.linear_fused import LinearBn1d as QatLinearBn1d
     from torch.ao.quantization import (
         FakeQuantizeBase,
         FusedMovingAvgObsFakeQuantize,
@@ -34,6 +33,7 @@ try:
     )
     from torch.ao.quantization.backend_config import (
         BackendConfig,
+        BackendPatternConfig,
         get_fbgemm_backend_config,
         get_native_backend_config,
         get_onednn_backend_config,
@@ -71,6 +71,7 @@ RECURRENT_MODULES = (
 __all__ = [
     "RECURRENT_MODULES",
     "BackendConfig",
+    "BackendPatternConfig",
     "FakeQuantizeBase",
     "FusedModule",
     "FusedMovingAvgObsFakeQuantize",
@@ -84,8 +85,6 @@ __all__ = [
     "PrepareCustomConfig",
     "QConfig",
     "QConfigMapping",
-    "QatConvBn",
-    "QatLinearBn1d",
     "QuantizationTracer",
     "attach_node_meta",
     "convert_graph",
@@ -97,6 +96,7 @@ __all__ = [
     "get_onednn_backend_config",
     "get_qnnpack_backend_config",
     "prepare_graph",
+    "qat_conv_bn_modules",
     "quiet",
     "reference_modules",
     "swap_float_functional",
@@ -113,8 +113,7 @@ DEPRECATIONS = (
     "must run observer before calling calculate_qparams",
     "Please use quant_min and quant_max to specify the range for observers",
     "TypedStorage is deprecated",
-    "erase_node",
-    "_aminmax is deprecated",
+    "To copy construct from a tensor",  # torch's own reference LSTM and GRU
 )
 
 

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
+from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from lightning_quant._torch_ao import BackendConfig, fuse_graph
+from lightning_quant.config import Method
 from lightning_quant.qconfig import CONV_TRANSPOSES
 
 
@@ -27,7 +29,7 @@ def _label(node: fx.Node) -> str:
 
 
 def fuse(
-    graph_module: fx.GraphModule, backend_config: BackendConfig, *, training: bool
+    graph_module: fx.GraphModule, backend_config: BackendConfig, method: Method
 ) -> tuple[fx.GraphModule, tuple[FusedGroup, ...]]:
     """Fuse what the engine can run as one kernel.
 
@@ -37,18 +39,21 @@ def fuse(
     Args:
         graph_module: Its modules may be shared with the caller's: they are not changed.
         backend_config: torch's table of the patterns that can be fused.
-        training: Keep batch norm as a module of its own inside the fused one (True), or fold it into the weights.
+        method: With ``qat``, batch norm stays a module of its own inside the fused one; with ``static`` it is folded
+            into the weights; with ``dynamic`` only linear and ReLU are fused, as nothing else has a kernel.
 
     Returns:
         A new graph, and the groups in the order of the data.
     """
     transposed: dict[str, str] = {}
-    if not training:
+    if method == "static":
         transposed = _fold_transposed(graph_module)
     before = {node.name: node for node in graph_module.graph.nodes}
-    if training:
+    if method == "qat":
         backend_config = _without_transposed_batch_norm(backend_config)
-    fused = fuse_graph(graph_module, training, None, backend_config)
+    elif method == "dynamic":
+        backend_config = _linear_relu_only(backend_config)
+    fused = fuse_graph(graph_module, method == "qat", None, backend_config)
     after = {node.name for node in fused.graph.nodes}
     groups = []
     for node in fused.graph.nodes:
@@ -71,6 +76,11 @@ def fuse(
 def _without_transposed_batch_norm(config: BackendConfig) -> BackendConfig:
     """Torch lists transposed convolution + batch norm as a pattern, and raises on it in training."""
     kept = [c for c in config.configs if not (isinstance(c.pattern, tuple) and c.pattern[0] in CONV_TRANSPOSES)]
+    return BackendConfig(config.name).set_backend_pattern_configs(kept)
+
+
+def _linear_relu_only(config: BackendConfig) -> BackendConfig:
+    kept = [c for c in config.configs if c.pattern in ((nn.Linear, nn.ReLU), (nn.Linear, F.relu))]
     return BackendConfig(config.name).set_backend_pattern_configs(kept)
 
 

@@ -134,7 +134,8 @@ def qconfig_mapping(config: QuantConfig, method: Method) -> QConfigMapping:
         activation = PlaceholderObserver.with_args(dtype=torch.quint8, quant_min=0, quant_max=255, is_dynamic=True)
         linear = QConfig(activation=activation, weight=_weight(config, method, per_tensor=False))
         kind: Any
-        for kind in (nn.Linear, F.linear):
+        # a ReLU after a linear layer is part of its kernel, and torch.ao asks for one qconfig for both
+        for kind in (nn.Linear, F.linear, nn.ReLU, F.relu, torch.relu):
             mapping.set_object_type(kind, linear)
         for kind in RNNS:  # torch packs their weights per tensor only
             mapping.set_object_type(

@@ -85,12 +85,19 @@ class Branching(nn.Module):
         return self.up(x) if x.sum() > 0 else self.down(x)
 
 
-def settle(model: nn.Module, shape: tuple[int, ...] = (32, 3, 8, 8), steps: int = 20) -> nn.Module:
+def settle(model: nn.Module, shape: tuple[int, ...] = (32, 3, 8, 8), steps: int = 10) -> nn.Module:
     """Let the running statistics of batch norms be those of standard normal input. Returns ``model`` in eval mode."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the average of all batches
     model.train()
     with torch.no_grad():
         for _ in range(steps):
             model(torch.randn(shape))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
     return model.eval()
 
 

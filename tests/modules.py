@@ -12,6 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_quant import ExportConfig, PostTrainingQuantization, QuantConfig, QuantizationAwareTraining
+
 BATCH = 16
 TRAIN = 96  # 6 batches
 VAL = 40  # 3 batches, the last one of 8
@@ -128,3 +130,190 @@ class Classifier(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+
+
+class ConvClassifier(Classifier):
+    """The layers sit directly on the LightningModule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.head = nn.Linear(128, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(F.max_pool2d(F.relu(self.norm(self.conv(x))), 2).flatten(1))
+
+
+class StepsOnly(Classifier):
+    """``forward`` is never overridden: the steps call two children."""
+
+    forward = pl.LightningModule.forward
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2))
+        self.head = nn.Linear(128, 10)
+
+    def _logits(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.encoder(images).flatten(1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return F.cross_entropy(self._logits(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        logits = self._logits(batch[0])
+        self.val_acc(logits, batch[1])
+        self.log("val_loss", F.cross_entropy(logits, batch[1]))
+        self.log("val_acc", self.val_acc)
+
+
+class ForwardUnused(StepsOnly):
+    """``forward`` is there for users of the trained module, and no step calls it; it branches on its data."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = self._logits(x)
+        return logits if logits.sum() > 0 else -logits
+
+
+class BuiltInSetup(Classifier):
+    """Layers that do not exist before ``setup``."""
+
+    def setup(self, stage: str) -> None:
+        if not hasattr(self, "net"):
+            self.net = convnet()
+
+
+class BuiltInConfigureModel(Classifier):
+    """Layers that do not exist before ``configure_model``."""
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "net"):
+            self.net = convnet()
+
+
+class WithHyperparameters(Classifier):
+    def __init__(self, width: int = 8, lr: float = 0.05) -> None:
+        super().__init__(lr=lr)
+        self.save_hyperparameters()
+        self.net = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(width * 64, 10))
+
+
+class PrebuiltOptimizer(Classifier):
+    """The optimizer exists before the Trainer does, as with LightningCLI's ``--optimizer``."""
+
+    def __init__(self) -> None:
+        super().__init__(convnet())
+        self.__dict__["optimizer"] = torch.optim.SGD(self.parameters(), lr=0.05)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.__dict__["optimizer"]
+
+
+class FrozenNorm(Classifier):
+    """Keeps its batch norm in eval mode, whatever the Trainer asks for."""
+
+    def __init__(self) -> None:
+        super().__init__(convnet())
+
+    def train(self, mode: bool = True) -> FrozenNorm:
+        super().train(mode)
+        self.net[1].eval()
+        return self
+
+
+class Recurrent(nn.Module):
+    """Reads a digit row by row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(8, 16, batch_first=True)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        outputs, _ = self.lstm(x.flatten(1, 2))
+        return self.head(outputs[:, -1])
+
+
+class OwnLoaders(Classifier):
+    """Brings its own dataloaders."""
+
+    def __init__(self) -> None:
+        super().__init__(convnet())
+
+    def train_dataloader(self) -> DataLoader:
+        return train_loader()
+
+    def val_dataloader(self) -> DataLoader:
+        return val_loader()
+
+    def test_dataloader(self) -> DataLoader:
+        return val_loader()
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+
+
+def trainer(*callbacks: pl.Callback, **kwargs: Any) -> pl.Trainer:
+    """A Trainer on the CPU that writes and prints nothing."""
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+        "max_epochs": 1,
+    }
+    return pl.Trainer(accelerator="cpu", devices=1, callbacks=list(callbacks), **{**quiet, **kwargs})
+
+
+ONE_FORMAT = ExportConfig(formats=("torchscript",))
+
+
+def ptq(config: QuantConfig = QuantConfig(), **kwargs: Any) -> PostTrainingQuantization:  # noqa: B008
+    return PostTrainingQuantization(config, export=ONE_FORMAT, **kwargs)
+
+
+def qat(config: QuantConfig = QuantConfig(), **kwargs: Any) -> QuantizationAwareTraining:  # noqa: B008
+    return QuantizationAwareTraining(config, export=ONE_FORMAT, **kwargs)
+
+
+def merged(results: list[dict[str, float]]) -> dict[str, float]:
+    """What ``trainer.validate`` returns, one dict for all dataloaders."""
+    return {name: value for result in results for name, value in result.items()}
+
+
+def weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of everything that a checkpoint of ``module`` holds."""
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def different(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> list[str]:
+    """The names whose values are not the same, bit for bit. Empty: the two states are the same."""
+    shared = ours.keys() & theirs.keys()
+    return sorted(
+        (ours.keys() ^ theirs.keys()) | {name for name in shared if not torch.equal(ours[name], theirs[name])}
+    )
+
+
+class Losses(pl.Callback):
+    """Every training loss and every validation metric, in order."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *_: Any) -> None:
+        self.values.append(outputs["loss"].item())
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.values += [value.item() for _, value in sorted(trainer.callback_metrics.items())]
+
+
+def surface(module: nn.Module) -> dict[str, Any]:
+    """What a user can see of a module's tree: types, modes, attributes, hooks, names of tensors."""
+    lightning = {"_trainer", "_current_fx_name", "_param_requires_grad_state", "_metric_attributes"}
+    return {
+        name: (type(part), part.training, sorted(part.__dict__.keys() - lightning), part.forward.__func__,
+               [len(v) for k, v in sorted(part.__dict__.items()) if k.endswith("_hooks")])
+        for name, part in module.named_modules()
+    }  # fmt: skip

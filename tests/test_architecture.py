@@ -20,7 +20,7 @@ NAME = "lightning_quant"
 LAYERS = (
     ("errors",),
     ("_torch_ao", "_roots", "config", "arguments"),
-    ("recipes", "qconfig", "fusion", "capture", "observers", "fake_quantize", "placement"),
+    ("recipes", "qat_modules", "qconfig", "fusion", "capture", "observers", "fake_quantize", "placement"),
     ("backends",),
     ("phases", "attachment", "exporters", "runtime", "analysis"),
     ("evaluate", "inputs", "tuning", "report"),

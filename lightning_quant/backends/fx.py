@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lightning_quant import qat_modules
 from lightning_quant._torch_ao import (
+    BackendConfig,
     FakeQuantizeBase,
     ObserverBase,
     PrepareCustomConfig,
-    QatConvBn,
-    QatLinearBn1d,
     attach_node_meta,
     convert_graph,
     get_native_backend_config,
@@ -89,6 +89,13 @@ def engine(name: str) -> Iterator[None]:
         torch.backends.quantized.engine = before
 
 
+@contextmanager
+def _working(config: QuantConfig) -> Iterator[None]:
+    """Torch.ao packs for the current engine, warns, and initialises modules with random numbers before it fills them."""
+    with quiet(), engine(config.engine), torch.random.fork_rng(devices=[]):
+        yield
+
+
 def check_traceable(model: nn.Module, call: Call, method: Method) -> None:
     """Raise :class:`CaptureError` if ``model`` cannot be captured as one graph."""
     trace(_twin(model, share=True), call, training=method == "qat")
@@ -116,14 +123,20 @@ def prepare(model: nn.Module, config: QuantConfig, method: Method, example: Call
     training = method == "qat"
     twin = _twin(model, share=training)
     twin.train(training)
-    with quiet(), engine(config.engine):
+    with _working(config):
         traced = trace(twin, example, training=training)
         return _prepare_traced(traced, config, method)
 
 
+def _backend_config(method: Method) -> BackendConfig:
+    """Torch's table of the patterns that its int8 kernels run."""
+    stock = get_native_backend_config()
+    return qat_modules.with_own_modules(stock) if method == "qat" else stock
+
+
 def _prepare_traced(traced: Traced, config: QuantConfig, method: Method) -> fx.GraphModule:
     training = method == "qat"
-    backend_config = get_native_backend_config()
+    backend_config = _backend_config(method)
     mapping = qconfig_mapping(config, method)
     for name in config.skip:
         mapping.set_module_name(name, None)
@@ -132,7 +145,7 @@ def _prepare_traced(traced: Traced, config: QuantConfig, method: Method) -> fx.G
             mapping.set_module_name(name, None)
     swap_float_functional(traced.graph_module)
     attach_node_meta(traced.graph_module)
-    graph_module, groups = fuse(traced.graph_module, backend_config, training=training)
+    graph_module, groups = fuse(traced.graph_module, backend_config, method)
     attach_node_meta(graph_module)
     scopes = dict(traced.scopes)
     for node in graph_module.graph.nodes:
@@ -149,7 +162,7 @@ def _prepare_traced(traced: Traced, config: QuantConfig, method: Method) -> fx.G
     norms = {
         group.members[0]: group.members[1]
         for group in groups
-        if len(group.members) > 1 and isinstance(_get(prepared, group.members[0]), (QatConvBn, QatLinearBn1d))
+        if len(group.members) > 1 and isinstance(_get(prepared, group.members[0]), qat_modules.TYPES)
     }
     prepared.meta[_META] = Prepared(
         config=config,
@@ -247,7 +260,7 @@ def _finished(prepared: fx.GraphModule) -> fx.GraphModule:
             if not isinstance(fake_quantize, FakeQuantizeBase):
                 continue
             weight = module.weight
-            if isinstance(module, (QatConvBn, QatLinearBn1d)):
+            if isinstance(module, qat_modules.TYPES):
                 norm: Any = module.bn
                 factor = norm.weight / torch.sqrt(norm.running_var + norm.eps)
                 weight = weight * factor.reshape([-1] + [1] * (weight.dim() - 1))
@@ -263,11 +276,11 @@ def convert(prepared: fx.GraphModule) -> fx.GraphModule:
         CalibrationError: An observer saw no data.
     """
     known = info(prepared)
-    with quiet(), engine(known.config.engine):
+    with _working(known.config):
         twin = _finished(prepared)
-        converted = convert_graph(twin, is_reference=False, backend_config=get_native_backend_config())
+        converted = convert_graph(twin, is_reference=False, backend_config=_backend_config(known.method))
     converted.meta[_META] = known
-    return converted
+    return converted.eval()
 
 
 def reference(prepared: fx.GraphModule) -> fx.GraphModule:
@@ -277,14 +290,14 @@ def reference(prepared: fx.GraphModule) -> fx.GraphModule:
         CalibrationError: An observer saw no data.
     """
     known = info(prepared)
-    with quiet(), engine(known.config.engine):
+    with _working(known.config):
         twin = _finished(prepared)
         converted = convert_graph(
             twin,
             is_reference=True,
             _remove_qconfig=False,
             is_decomposed=True,
-            backend_config=get_native_backend_config(),
+            backend_config=_backend_config(known.method),
         )
     converted.meta[_META] = known
-    return converted
+    return converted.eval()
