@@ -22,6 +22,7 @@ from lightning_quant._torch_ao import (
     get_default_qconfig_mapping,
 )
 from lightning_quant.config import Method, QuantConfig, TensorSpec
+from lightning_quant.fake_quantize import SharedFakeQuantize
 
 CONVS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CONV_TRANSPOSES: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -100,7 +101,7 @@ def _activation(config: QuantConfig, method: Method) -> Any:
     if method == "static":
         return observers["histogram" if spec.observer == "auto" else spec.observer].with_args(**shared)
     # the fused kernel computes the moving average itself, so that it is the only estimator of training
-    return FusedMovingAvgObsFakeQuantize.with_args(
+    return SharedFakeQuantize.with_args(
         observer=MovingAverageMinMaxObserver, averaging_constant=AVERAGING_CONSTANT, **shared
     )
 

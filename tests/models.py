@@ -115,4 +115,5 @@ def calibrated(
 def decibels(reference: torch.Tensor, other: torch.Tensor) -> float:
     """``10 * log10(sum(ref^2) / sum((ref - other)^2))``, computed by NumPy."""
     a, b = (x.detach().double().numpy() for x in (reference, other))
-    return float(10 * np.log10((a**2).sum() / ((a - b) ** 2).sum()))
+    with np.errstate(divide="ignore"):  # equal: infinite
+        return float(10 * np.log10((a**2).sum() / ((a - b) ** 2).sum()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,12 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_quant import ExportConfig, PostTrainingQuantization, QuantConfig, QuantizationAwareTraining
+
+# networks this small gain nothing from a second thread, and lose much where tests share the cores
+torch.set_num_threads(1)
+
+#: Lightning's remark on a validation_step without data.
+WITHOUT_VAL_LOADER = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 
 BATCH = 16
 TRAIN = 96  # 6 batches
@@ -106,15 +113,18 @@ class Classifier(pl.LightningModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.net(x)
 
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        return self(images)
+
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         images, labels = batch
-        loss = F.cross_entropy(self(images), labels)
+        loss = F.cross_entropy(self.logits(images), labels)
         self.log("train_loss", loss)
         return loss
 
     def _evaluate(self, batch: Any, stage: str) -> None:
         images, labels = batch
-        logits = self(images)
+        logits = self.logits(images)
         self.val_acc(logits, labels)
         self.log(f"{stage}_loss", F.cross_entropy(logits, labels))
         self.log(f"{stage}_acc", self.val_acc, on_step=False, on_epoch=True)
@@ -155,24 +165,15 @@ class StepsOnly(Classifier):
         self.encoder = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2))
         self.head = nn.Linear(128, 10)
 
-    def _logits(self, images: torch.Tensor) -> torch.Tensor:
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
         return self.head(self.encoder(images).flatten(1))
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return F.cross_entropy(self._logits(batch[0]), batch[1])
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        logits = self._logits(batch[0])
-        self.val_acc(logits, batch[1])
-        self.log("val_loss", F.cross_entropy(logits, batch[1]))
-        self.log("val_acc", self.val_acc)
 
 
 class ForwardUnused(StepsOnly):
     """``forward`` is there for users of the trained module, and no step calls it; it branches on its data."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits = self._logits(x)
+        logits = self.logits(x)
         return logits if logits.sum() > 0 else -logits
 
 
@@ -281,6 +282,11 @@ def qat(config: QuantConfig = QuantConfig(), **kwargs: Any) -> QuantizationAware
 def merged(results: list[dict[str, float]]) -> dict[str, float]:
     """What ``trainer.validate`` returns, one dict for all dataloaders."""
     return {name: value for result in results for name, value in result.items()}
+
+
+def as_test(metrics: dict[str, float]) -> dict[str, float]:
+    """Validation metrics under the names that the test step gives them."""
+    return {name.replace("val_", "test_"): value for name, value in metrics.items()}
 
 
 def weights(module: nn.Module) -> dict[str, torch.Tensor]:

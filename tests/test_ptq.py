@@ -12,6 +12,8 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from modules import (
+    as_test,
+    WITHOUT_VAL_LOADER,
     BuiltInConfigureModel,
     BuiltInSetup,
     Classifier,
@@ -140,10 +142,6 @@ class _Calls:
         self.count += 1
 
 
-def _as_test(metrics: dict[str, float]) -> dict[str, float]:
-    return {name.replace("val_", "test_"): value for name, value in metrics.items()}
-
-
 @pytest.mark.parametrize("entry", ["validate", "fit"])
 def test_trainer_test_runs_the_int8_model(entry: str) -> None:
     model, data, callback = Classifier(convnet()), Digits(), ptq()
@@ -152,8 +150,8 @@ def test_trainer_test_runs_the_int8_model(entry: str) -> None:
     float_layer = _Calls(model.net[0])
     results = merged(runner.test(model, data, verbose=False))
     assert float_layer.count == 0
-    assert results == _as_test(merged(trainer().validate(callback.quantized_model, data)))
-    assert results == _as_test(callback.report.metrics_int8)
+    assert results == as_test(merged(trainer().validate(callback.quantized_model, data)))
+    assert results == as_test(callback.report.metrics_int8)
     float_results = merged(trainer().test(model, data, verbose=False))
     assert float_layer.count > 0  # the module is float again
     assert float_results["test_loss"] != results["test_loss"]
@@ -193,7 +191,7 @@ def test_test_of_a_checkpoint_calibrates_its_weights(fresh: bool) -> None:
     first.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
     expected = ptq()
     trainer(expected).validate(first, data)
-    assert results == _as_test(expected.report.metrics_int8)
+    assert results == as_test(expected.report.metrics_int8)
 
 
 def test_test_of_a_checkpoint_calibrates_on_the_loaders_of_fit() -> None:
@@ -202,9 +200,10 @@ def test_test_of_a_checkpoint_calibrates_on_the_loaders_of_fit() -> None:
     runner.fit(model, train_loader(), val_loader())
     runner.save_checkpoint("a.ckpt")
     results = merged(runner.test(model, val_loader(), ckpt_path="a.ckpt", verbose=False, weights_only=True))
-    assert results == _as_test(callback.report.metrics_int8)
+    assert results == as_test(callback.report.metrics_int8)
 
 
+@WITHOUT_VAL_LOADER
 def test_test_of_a_checkpoint_without_validation_data_is_refused() -> None:
     model = Classifier(convnet())
     runner = trainer()
@@ -260,9 +259,10 @@ def test_dynamic(net: Any, int8: str) -> None:
     assert report.coverage == 1
     assert list(report.artifacts) == ["torchscript"]
     assert report.formats_left_out == {"onnx": "backend 'fx' does not write it for method 'dynamic'"}
-    assert merged(runner.test(model, data, verbose=False)) == _as_test(report.metrics_int8)
+    assert merged(runner.test(model, data, verbose=False)) == as_test(report.metrics_int8)
 
 
+@WITHOUT_VAL_LOADER
 def test_dynamic_needs_no_validation_data() -> None:
     callback = ptq(method="dynamic")
     trainer(callback).fit(Classifier(mlp()), train_loader())
@@ -343,7 +343,7 @@ def test_layers_on_the_module_itself() -> None:
     assert callback.report.coverage == 1
     assert not any(isinstance(part, (nn.Conv2d, nn.Linear)) for part in callback.quantized_model.modules())
     assert callback.report.metrics_float == merged(trainer().validate(model, data))
-    assert merged(runner.test(model, data, verbose=False)) == _as_test(callback.report.metrics_int8)
+    assert merged(runner.test(model, data, verbose=False)) == as_test(callback.report.metrics_int8)
 
 
 @pytest.mark.parametrize("made_by", [StepsOnly, ForwardUnused])
@@ -372,7 +372,7 @@ class _ForwardLeavesOut(StepsOnly):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.encoder(x)
 
-    def _logits(self, images: torch.Tensor) -> torch.Tensor:
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
         return self.head(self(images).flatten(1))
 
 
@@ -399,7 +399,7 @@ def test_a_layer_that_only_training_uses_stays_float() -> None:
     callback = ptq()
     trainer(callback).fit(_ExtraHead(), Digits())
     assert callback.report.targets == ["encoder", "head"]
-    assert callback.report.float_layers == {"helper": "never called by the validation step"}
+    assert callback.report.float_layers == {"helper": "its forward is never called by the validation step"}
     assert isinstance(callback.quantized_model.helper, nn.Linear)
 
 
@@ -422,7 +422,7 @@ def test_layers_that_are_made_late(made_by: Any, entry: str) -> None:
     getattr(runner, entry)(model, datamodule=data)
     assert callback.report.targets == ["net"]
     assert callback.report.metrics_float == merged(trainer().validate(model, data))
-    assert merged(runner.test(model, data, verbose=False)) == _as_test(callback.report.metrics_int8)
+    assert merged(runner.test(model, data, verbose=False)) == as_test(callback.report.metrics_int8)
 
 
 def test_hyperparameters_stay() -> None:

@@ -32,6 +32,7 @@ from lightning_quant.arguments import Call, Interface
 from lightning_quant.backends.tracing import Traced, trace
 from lightning_quant.config import Method, QuantConfig, resolve
 from lightning_quant.errors import CalibrationError, CaptureError
+from lightning_quant.fake_quantize import SharedFakeQuantize
 from lightning_quant.fusion import FusedGroup, fuse
 from lightning_quant.qconfig import qconfig_mapping
 
@@ -91,14 +92,24 @@ def engine(name: str) -> Iterator[None]:
 
 @contextmanager
 def _working(config: QuantConfig) -> Iterator[None]:
-    """Torch.ao packs for the current engine, warns, and initialises modules with random numbers before it fills them."""
+    """Torch.ao packs for the current engine, warns, and draws random numbers for weights that it then fills."""
     with quiet(), engine(config.engine), torch.random.fork_rng(devices=[]):
         yield
 
 
 def check_traceable(model: nn.Module, call: Call, method: Method) -> None:
-    """Raise :class:`CaptureError` if ``model`` cannot be captured as one graph."""
-    trace(_twin(model, share=True), call, training=method == "qat")
+    """Prepare ``model`` and run it once, to see that it can be done.
+
+    Raises:
+        CaptureError: ``model`` cannot be captured as one graph.
+    """
+    prepared = prepare(model, QuantConfig(), method, call)
+    prepared.eval()
+    try:
+        with torch.no_grad():
+            prepared(*info(prepared).interface.flatten(call.args, call.keywords))
+    except Exception as error:
+        raise CaptureError(f"torch.ao cannot run it with observers: {type(error).__name__}: {error}") from error
 
 
 def _twin(model: nn.Module, *, share: bool) -> nn.Module:
@@ -159,6 +170,7 @@ def _prepare_traced(traced: Traced, config: QuantConfig, method: Method) -> fx.G
         prepare_custom_config=PrepareCustomConfig(),
         backend_config=backend_config,
     )
+    _count_sharing(prepared)
     norms = {
         group.members[0]: group.members[1]
         for group in groups
@@ -175,6 +187,14 @@ def _prepare_traced(traced: Traced, config: QuantConfig, method: Method) -> fx.G
     )
     prepared.train(training)
     return prepared
+
+
+def _count_sharing(prepared: fx.GraphModule) -> None:
+    """Tell each fake quantize how many tensors share it."""
+    calls = [prepared.get_submodule(str(node.target)) for node in prepared.graph.nodes if node.op == "call_module"]
+    for module in calls:
+        if isinstance(module, SharedFakeQuantize):
+            module.calls_per_forward = sum(1 for other in calls if other is module)
 
 
 def _get(module: nn.Module, name: str) -> nn.Module | None:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
@@ -155,7 +156,10 @@ def trace(root: nn.Module, call: Call, *, training: bool = False) -> Traced:
     modes = {module: module.training for module in root.modules()}
     try:
         root.eval()
+        own = set(root.__dict__)
         traced = _trace_once(root, call)
+        for name in set(root.__dict__) - own:  # constants, which the second trace would give other names
+            del root.__dict__[name]
         if training:
             root.train()
             in_training = _trace_once(root, call)
@@ -166,6 +170,7 @@ def trace(root: nn.Module, call: Call, *, training: bool = False) -> Traced:
             module.training = mode
     origins = traced.origins | _separate_calls(traced.graph_module) | _hide_batch_norms(traced.graph_module, training)
     _write_out_convolutions(traced.graph_module)
+    _keep_scalars_apart(traced.graph_module.graph)
     traced.graph_module.recompile()
     return replace(traced, origins=origins)
 
@@ -266,6 +271,30 @@ def _same_padding(word: str, kernel: tuple[int, ...], dilation: tuple[int, ...])
         return (0,) * len(kernel)
     totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
     return None if any(total % 2 for total in totals) else tuple(total // 2 for total in totals)
+
+
+def add_scalar(x: Any, y: Any) -> Any:
+    """``x + y``, of which one is a number."""
+    return x + y
+
+
+def mul_scalar(x: Any, y: Any) -> Any:
+    """``x * y``, of which one is a number."""
+    return x * y
+
+
+_SCALAR_OPS: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), add_scalar),
+    **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), mul_scalar),
+}
+
+
+def _keep_scalars_apart(graph: fx.Graph) -> None:
+    """Compute ``x + 5`` and ``x * 10`` in float: torch.ao gives their output the range of their input."""
+    for node in graph.nodes:
+        plain = node.op in ("call_function", "call_method") and len(node.args) == 2 and not node.kwargs
+        if plain and node.target in _SCALAR_OPS and any(isinstance(x, (int, float)) for x in node.args):
+            node.op, node.target = "call_function", _SCALAR_OPS[node.target]
 
 
 def _separate_calls(graph_module: fx.GraphModule) -> dict[str, str]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import Mlp, Residual, calibrated, decibels, settle
 from torch import nn
+from torch.nn import functional as F
 
 from lightning_quant import CalibrationError, CaptureError, QuantConfig, TensorSpec, convert, prepare
 from lightning_quant._torch_ao import FakeQuantizeBase, dynamic_modules
@@ -214,6 +215,61 @@ def test_reduce_range_keeps_weights_in_seven_bits() -> None:
         layers = [m for m in graph.modules() if hasattr(m, "get_quantized_weight")]
         assert len(layers) == 6
         assert max(int(m.get_quantized_weight().abs().max()) for m in layers) == limit
+
+
+OPERATORS: dict[str, Any] = {
+    "scalar mul": lambda x: x * 10,
+    "small scalar mul": lambda x: 0.1 * x,
+    "scalar add": lambda x: x + 5,
+    "scalar sub": lambda x: 5 - x,
+    "scalar div": lambda x: x / 10,
+    "in place": lambda x: x.mul_(3),
+    "sum": lambda x: x + torch.sigmoid(x),
+    "product": lambda x: x * x,
+    "matmul": lambda x: torch.matmul(x.unsqueeze(1), x.unsqueeze(2)).flatten(1) + x,
+    "cat": lambda x: torch.cat([x[:, :4], 3 * x[:, 4:]], 1),
+    "chunks": lambda x: torch.cat([part * part for part in torch.chunk(x, 2, dim=1)[:1]] * 2, 1),
+    "slice of chunks": lambda x: torch.cat(x.chunk(2, 1)[::-1], 1),
+    "permute": lambda x: x.reshape(-1, 2, 4).permute(0, 2, 1).flatten(1),
+    "mean": lambda x: x - x.mean(1, keepdim=True),
+    "maximum": lambda x: torch.maximum(x, -x),
+    "clamp": lambda x: x.clamp(-0.3, 0.3),
+    "relu6": F.relu6,
+    "leaky": lambda x: F.leaky_relu(x, 0.2),
+    "elu": F.elu,
+    "hardswish": F.hardswish,
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "softmax": lambda x: x.softmax(-1),
+    "layer norm": lambda x: F.layer_norm(x, (8,)),
+    "constant": lambda x: x * torch.tensor([0.5, 2.0]).repeat(4),
+}
+
+
+class Between(nn.Module):
+    def __init__(self, operator: Any) -> None:
+        super().__init__()
+        self.before = nn.Linear(8, 8)
+        self.after = nn.Linear(8, 8)
+        self.operator = operator
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.after(self.operator(self.before(x)))
+
+
+@pytest.mark.parametrize("method", ["static", "qat"])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_between_layers(name: str, method: Method) -> None:
+    """Two linear layers and an operator have at most four roundings to 8 bits of about 36 dB each: 30 dB in all."""
+    model, x = Between(OPERATORS[name]).eval(), torch.randn(64, 8)
+    prepared = calibrated(model, x, method=method, passes=3)
+    int8 = convert(prepared)
+    # an operator that squares loses twice
+    assert decibels(model(x), int8(x)) >= ENOUGH_DB
+    if method == "qat":
+        assert decibels(prepared(x), int8(x)) >= 30
+    assert [n for n, m in int8.named_modules() if type(m) is nn.Linear] == []
 
 
 # ---- training
