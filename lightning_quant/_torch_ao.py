@@ -19,6 +19,7 @@ try:
     import torch.ao.quantization.fx._decomposed
     from torch.ao.nn.intrinsic import _FusedModule as FusedModule
     from torch.ao.quantization import (
+        FakeQuantize,
         FakeQuantizeBase,
         FusedMovingAvgObsFakeQuantize,
         HistogramObserver,
@@ -72,6 +73,7 @@ __all__ = [
     "RECURRENT_MODULES",
     "BackendConfig",
     "BackendPatternConfig",
+    "FakeQuantize",
     "FakeQuantizeBase",
     "FusedModule",
     "FusedMovingAvgObsFakeQuantize",

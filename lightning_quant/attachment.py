@@ -122,7 +122,7 @@ _BOUND = "_lightning_quant_bound"
 
 
 def after_method(module: nn.Module, name: str, then: Callable[..., None]) -> None:
-    """Call ``then`` with the arguments of each call of ``module.<name>``, after it. Taken off by :func:`unbind`.
+    """After each call of ``module.<name>``, call ``then`` with the module and the arguments. :func:`unbind` ends it.
 
     The method is bound to the instance, so that a deepcopy of ``module`` calls its own.
     """
@@ -130,7 +130,7 @@ def after_method(module: nn.Module, name: str, then: Callable[..., None]) -> Non
 
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         result = before(*args, **kwargs) if before else getattr(type(self), name)(self, *args, **kwargs)
-        then(*args, **kwargs)
+        then(self, *args, **kwargs)
         return result
 
     module.__dict__.setdefault(_BOUND, {}).setdefault(name, before)

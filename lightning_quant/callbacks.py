@@ -93,6 +93,10 @@ class _Base(Callback):
         self._captured: Capture | None = None
         self._loaded: dict[str, Any] | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Base:
+        """A callback belongs to its Trainer: copies of a module that holds it, ours among them, share it."""
+        return self
+
     def _capture(self, trainer: Any, pl_module: Any) -> tuple[Sample, Capture]:
         # Lightning runs configure_model with the accelerator as default device; copies are traced on the CPU
         with isolated_rng(), torch.device("cpu"):
@@ -138,7 +142,7 @@ class _Base(Callback):
         # checkpoints that were saved with save_weights_only
         self._loaded = None
 
-        def remember(checkpoint: dict[str, Any]) -> None:
+        def remember(_: Any, checkpoint: dict[str, Any]) -> None:
             self._loaded = checkpoint.get(CHECKPOINT_KEY, {})
 
         after_method(pl_module, "on_load_checkpoint", remember)
@@ -187,7 +191,8 @@ class PostTrainingQuantization(_Base):
                 f"PostTrainingQuantization(method={method!r}): give 'static' or 'dynamic'. To train with fake "
                 "quantize, use QuantizationAwareTraining."
             )
-        if calibration_batches is not None and (isinstance(calibration_batches, bool) or calibration_batches < 1):
+        is_count = isinstance(calibration_batches, int) and not isinstance(calibration_batches, bool)
+        if calibration_batches is not None and (not is_count or calibration_batches < 1):
             raise ConfigError(f"calibration_batches={calibration_batches!r}: give 1 or more, or None for all.")
         super().__init__(config, method, export)
         self.calibration_batches = calibration_batches
@@ -212,7 +217,7 @@ class PostTrainingQuantization(_Base):
         if not trainer.fast_dev_run:
             check_writable(self.export.path)
         # the layers of LightningModule.setup and configure_model exist only after these
-        after_method(pl_module, "configure_model", lambda: self._capture(trainer, pl_module) and None)
+        after_method(pl_module, "configure_model", lambda module: self._capture(trainer, module) and None)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """The module is on the CPU and unwrapped, and the val dataloader is still there."""
@@ -296,6 +301,7 @@ class QuantizationAwareTraining(_Base):
         )
         self._phase: Phase | None = None
         self._before: dict[str, torch.Tensor] = {}
+        self._frozen: list[torch.nn.Module] = []
         self._kept: tuple[int, dict[str, dict[str, torch.Tensor]]] | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -309,8 +315,8 @@ class QuantizationAwareTraining(_Base):
         _check_trainer(trainer, trains_quantized=True)
         if not trainer.fast_dev_run:
             check_writable(self.export.path)
-        after_method(pl_module, "configure_model", lambda: self._prepare(trainer, pl_module))
-        after_method(pl_module, "on_save_checkpoint", lambda checkpoint: self._save(pl_module, checkpoint))
+        after_method(pl_module, "configure_model", lambda module: self._prepare(trainer, module))
+        after_method(pl_module, "on_save_checkpoint", self._save)
         self._watch_loading(pl_module)
 
     def _prepare(self, trainer: Any, pl_module: Any) -> None:
@@ -370,13 +376,13 @@ class QuantizationAwareTraining(_Base):
             # weights are known in full: their range is always that of the weights as they are
             set_observing(graph, activations=phase.observe, weights=phase.quantize)
             if not phase.update_batch_norm:
-                freeze_batch_norm(graph)
+                self._frozen += freeze_batch_norm(graph)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Frozen batch norms stay frozen whoever called ``train()`` in between."""
         if self._phase is not None and not self._phase.update_batch_norm:
             for graph in self._graphs(pl_module).values():
-                freeze_batch_norm(graph)
+                self._frozen += freeze_batch_norm(graph)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Validation leaves observers untouched; before the first training batch (sanity check) it is float."""
@@ -430,7 +436,24 @@ class QuantizationAwareTraining(_Base):
         self._put_int8(pl_module)
         return None
 
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave a float module. A checkpoint that another callback writes after this still gets the observers."""
+        observers = self._observers(pl_module)
+        self._take_off(pl_module)
+        if observers:
+            after_method(
+                pl_module,
+                "on_save_checkpoint",
+                lambda _, checkpoint: checkpoint.update({CHECKPOINT_KEY: {"observers": observers}}),
+            )
+
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """The user's module is a float module again, with the trained weights."""
         self._take_off(pl_module)
+
+    def _take_off(self, pl_module: Any) -> None:
+        for module in self._frozen:
+            module.train()
+        self._frozen = []
         self._phase = None
+        super()._take_off(pl_module)

@@ -13,8 +13,8 @@ class SharedFakeQuantize(FusedMovingAvgObsFakeQuantize):
     """A fake quantize that several tensors of a graph may share, such as the inputs and the output of ``torch.cat``.
 
     Torch moves the average at every call. Of tensors with different ranges (parts of a concatenation, the input and
-    the output of a pooling) that gives a mean of their ranges, and clips the wider ones for good. Here the average moves
-    once for each forward pass, towards the union of what its calls showed.
+    the output of a pooling) that gives a mean of their ranges, and clips the wider ones for good. Here the average
+    moves once for each forward pass, towards the union of what its calls showed.
 
     Attributes:
         calls_per_forward: How many tensors share it.
@@ -31,7 +31,9 @@ class SharedFakeQuantize(FusedMovingAvgObsFakeQuantize):
 
     def forward(self, X: torch.Tensor) -> torch.Tensor:
         """``X`` of any shape, rounded to the grid if fake quantize is on; the range follows if observing is on."""
-        if self.calls_per_forward == 1 or not bool(self.observer_enabled[0]):
+        # torch's fused kernel gives symmetric ranges other scales than its observer gives to convert
+        fused = self.calls_per_forward == 1 and not self.is_symmetric_quant
+        if fused or not bool(self.observer_enabled[0]):
             rounded: torch.Tensor = super().forward(X)
             return rounded
         self._observe(X.detach())

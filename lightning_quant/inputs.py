@@ -49,7 +49,7 @@ def sample(trainer: Any, module: Any) -> Sample:
         CaptureError: There is no batch and no ``example_input_array``, or the step raises.
     """
     root = root_of(trainer)
-    fn = str(trainer.state.fn)
+    fn = trainer.state.fn.value
     val_loop = trainer.fit_loop.epoch_loop.val_loop if fn == "fit" else trainer.validate_loop
     with isolated_rng():
         if fn != "test" and trainer.limit_val_batches != 0 and _overridden(root, "validation_step", module):

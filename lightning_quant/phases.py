@@ -84,11 +84,17 @@ def set_observing(prepared: torch_fx.GraphModule, *, activations: bool, weights:
             module.enable_observer() if wanted else module.disable_observer()
 
 
-def freeze_batch_norm(prepared: torch_fx.GraphModule) -> None:
-    """Normalise with the running statistics, and leave them as they are. Undone by ``train()``: set it every epoch."""
+def freeze_batch_norm(prepared: torch_fx.GraphModule) -> list[nn.Module]:
+    """Normalise with the running statistics, and leave them as they are. Undone by ``train()``: set it every epoch.
+
+    Returns:
+        The batch norms that were in training mode until now.
+    """
+    changed: list[nn.Module] = []
     for module in prepared.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-            module.eval()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None and module.training:
+            changed.append(module.eval())
+    return changed
 
 
 def observer_state(prepared: torch_fx.GraphModule) -> dict[str, torch.Tensor]:

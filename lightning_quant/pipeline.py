@@ -31,7 +31,7 @@ from lightning_quant.evaluate import ValidationData, copy_of, evaluate
 from lightning_quant.exporters import Artifact, Program, qdq, write
 from lightning_quant.exporters.torchscript import freeze
 from lightning_quant.inputs import Sample, recorded_forward
-from lightning_quant.placement import Observed, ToGraph, divert, graft
+from lightning_quant.placement import Observed, ToGraph, divert, graft, plain_train
 from lightning_quant.report import FormatReport, QuantReport
 from lightning_quant.runtime import load
 
@@ -109,6 +109,7 @@ def convert_module(module: Any, graphs: Graphs) -> Quantized:
     for name, graph in converted.items():
         known = fx.info(graph)
         graft(int8.get_submodule(name), graph, known.interface, known.replaced)
+    plain_train(int8)
     return Quantized(int8.eval(), converted, graphs, float_module)
 
 
@@ -161,8 +162,11 @@ def _single(quantized: Quantized, captured: Capture, name: str) -> _Part:
     program = Program(
         name, graph, lambda: qdq(quantized.prepared[name]), data, known.interface.inputs, known.config, known.method
     )
-    target = quantized.float_module.get_submodule(name)
-    return _Part(program, Positional(target, known.interface), known.interface)
+    if name:
+        float_program: nn.Module = Positional(quantized.float_module.get_submodule(name), known.interface)
+    else:  # a LightningModule cannot be traced by torch.jit, its graph can
+        float_program = trace_around(copy_of(quantized.float_module), call, ()).graph_module
+    return _Part(program, float_program, known.interface)
 
 
 def deliver(

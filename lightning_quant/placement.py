@@ -115,7 +115,13 @@ def graft(module: nn.Module, graph: nn.Module, interface: Interface, replaced: t
     while name in module._modules:
         name += "_"
     module.add_module(name, graph)
+    plain_train(module)
     divert(module, ToGraph(graph, interface, on_cpu=True))
+
+
+def plain_train(module: nn.Module) -> None:
+    """Let ``module.train`` be that of torch: an override may reach for layers that were taken out, to freeze them."""
+    module.__dict__["train"] = MethodType(nn.Module.train, module)
 
 
 def _prune(module: nn.Module) -> None:

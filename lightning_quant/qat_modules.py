@@ -27,7 +27,7 @@ def quantized_weight(module: Any) -> torch.Tensor:
         module: With ``weight`` ``(out, ...)``, ``weight_fake_quant`` and ``bn``.
     """
     fake_quantize = module.weight_fake_quant
-    if fake_quantize.is_per_channel and fake_quantize.is_symmetric_quant:
+    if fake_quantize.qscheme == torch.per_channel_symmetric:
         weight: torch.Tensor = fake_quantize(module.weight)
         return weight
     norm = module.bn

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_quant._torch_ao import (
-    FusedMovingAvgObsFakeQuantize,
+    FakeQuantize,
     HistogramObserver,
     MinMaxObserver,
     MovingAverageMinMaxObserver,
@@ -120,7 +120,8 @@ def _weight(config: QuantConfig, method: Method, *, per_tensor: bool) -> Any:
     exact = PerChannelMinMaxObserver if per_channel else MinMaxObserver
     if method == "qat":
         # averaging_constant=1: the range is that of the weights as they are now, without memory
-        return FusedMovingAvgObsFakeQuantize.with_args(observer=moving, averaging_constant=1.0, **shared)
+        # Not torch's fused kernel: its scales of symmetric ranges are not those that the observer gives to convert.
+        return FakeQuantize.with_args(observer=moving, averaging_constant=1.0, **shared)
     return (moving if spec.observer == "moving_average" else exact).with_args(**shared)
 
 
@@ -151,6 +152,8 @@ def qconfig_mapping(config: QuantConfig, method: Method) -> QConfigMapping:
     transposed = QConfig(activation=activation, weight=_weight(config, method, per_tensor=True))
     for kind in (*CONV_TRANSPOSES, *CONV_TRANSPOSE_FUNCTIONS):
         mapping.set_object_type(kind, transposed)
+    for kind in (nn.Embedding, nn.EmbeddingBag, F.embedding, F.embedding_bag):  # no multiply-accumulates
+        mapping.set_object_type(kind, None)
     for kind in FLOAT_BY_DESIGN:
         mapping.set_object_type(kind, None)
     return mapping

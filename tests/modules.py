@@ -317,7 +317,7 @@ class Losses(pl.Callback):
 
 def surface(module: nn.Module) -> dict[str, Any]:
     """What a user can see of a module's tree: types, modes, attributes, hooks, names of tensors."""
-    lightning = {"_trainer", "_current_fx_name", "_param_requires_grad_state", "_metric_attributes"}
+    lightning = {"_trainer", "_current_fx_name", "_param_requires_grad_state", "_metric_attributes", "_hparams"}
     return {
         name: (type(part), part.training, sorted(part.__dict__.keys() - lightning), part.forward.__func__,
                [len(v) for k, v in sorted(part.__dict__.items()) if k.endswith("_hooks")])

@@ -111,7 +111,7 @@ class _Builds(BuiltInSetup):
         self.__dict__["calls"].append("prepare_data")
 
     def setup(self, stage: str) -> None:
-        self.__dict__["calls"].append(f"setup {stage}")
+        self.__dict__["calls"].append("setup " + stage)
         self.net = convnet()
 
     def configure_model(self) -> None:
@@ -122,7 +122,7 @@ class _Builds(BuiltInSetup):
         return []
 
     def teardown(self, stage: str) -> None:
-        self.__dict__["calls"].append(f"teardown {stage}")
+        self.__dict__["calls"].append("teardown " + stage)
 
 
 class _Prepares(Digits):
@@ -134,18 +134,17 @@ class _Prepares(Digits):
         self.calls.append("prepare_data")
 
     def setup(self, stage: str) -> None:
-        self.calls.append(f"setup {stage}")
+        self.calls.append("setup " + stage)
 
     def teardown(self, stage: str) -> None:
-        self.calls.append(f"teardown {stage}")
+        self.calls.append("teardown " + stage)
 
 
 def test_nothing_is_built_again() -> None:
     model, data = _Builds(), _Prepares()
     found = data_of(model, "fit", {"datamodule": data})
-    expected = [f"{hook}{stage}" for hook, stage in (("prepare_data", ""), ("setup", " fit"), ("teardown", " fit"))]
     calls, prepared = list(model.__dict__["calls"]), list(data.calls)
-    assert prepared == expected
+    assert prepared == ["prepare_data", "setup fit", "teardown fit"]
     twin = copy_of(model)
     state = weights(twin)
     evaluate(twin, found)

@@ -40,6 +40,9 @@ from torch.utils.data import DataLoader
 
 from lightning_quant import ConfigError, ExportError, QuantConfig, QuantizationAwareTraining, load
 
+# a run that resumes into another folder
+pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
+
 KEY = "lightning_quant"
 RANGES = ("scale", "zero_point", "min_val", "max_val")
 

@@ -218,7 +218,8 @@ def link(prepared: fx.GraphModule, model: nn.Module) -> None:
         if origin is None or origin is module:
             continue
         is_leaf = not any(True for _ in module.children())
-        if type(module) is type(origin) and is_leaf and origin is not model:
+        is_view = getattr(module, "is_view", False)  # set apart on purpose, with settings of its own
+        if type(module) is type(origin) and is_leaf and not is_view and origin is not model:
             parent, _, child = name.rpartition(".")
             setattr(prepared.get_submodule(parent), child, origin)
             continue

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from lightning_quant._torch_ao import QuantizationTracer
 from lightning_quant.arguments import Call, Interface, signature_of
 from lightning_quant.errors import CaptureError
-from lightning_quant.qconfig import CONV_FUNCTIONS, CONV_TRANSPOSE_FUNCTIONS
+from lightning_quant.qconfig import CONV_FUNCTIONS, CONV_TRANSPOSE_FUNCTIONS, CONVS
 
 
 @dataclass(frozen=True)
@@ -221,15 +221,42 @@ def _write_out_convolutions(graph_module: fx.GraphModule) -> None:
     for node in graph_module.graph.nodes:
         if node.op == "call_module":
             module = graph_module.get_submodule(node.target)
-            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and isinstance(module.padding, str):
-                padding = _same_padding(module.padding, module.kernel_size, module.dilation)
-                if padding is not None:
-                    module.padding = padding
+            if type(module) in CONVS:
+                _pad_apart(graph_module, node, module)
         elif node.op == "call_function" and node.target is F.linear:
             if len(node.args) < 3 and "bias" not in node.kwargs:
                 node.kwargs = {**node.kwargs, "bias": None}
         elif node.op == "call_function" and node.target in (*CONV_FUNCTIONS, *CONV_TRANSPOSE_FUNCTIONS):
             _write_out(graph_module, node)
+
+
+def _pad_apart(graph_module: fx.GraphModule, node: fx.Node, conv: Any) -> None:
+    """Pad before a convolution that pads in a way that int8 kernels do not have: other values, or uneven sides."""
+    if conv.padding_mode == "zeros":
+        if not isinstance(conv.padding, str):
+            return
+        padding = _same_padding(conv.padding, conv.kernel_size, conv.dilation)
+        if padding is not None:
+            conv.padding = padding
+            return
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    bare = _view(conv)
+    bare.padding, bare.padding_mode = (0,) * len(conv.kernel_size), "zeros"
+    graph_module.add_submodule(str(node.target), bare)
+    with graph_module.graph.inserting_before(node):
+        padded = graph_module.graph.call_function(
+            F.pad, (node.args[0], list(conv._reversed_padding_repeated_twice)), {"mode": mode}
+        )
+    node.args = (padded, *node.args[1:])
+
+
+def _view(module: nn.Module) -> Any:
+    """Another module with the same Parameter and buffer objects."""
+    twin: Any = copy.copy(module)
+    for registry in ("_parameters", "_buffers", "_modules"):
+        setattr(twin, registry, dict(getattr(module, registry)))
+    twin.is_view = True
+    return twin
 
 
 def _write_out(graph_module: fx.GraphModule, node: fx.Node) -> None:
@@ -259,7 +286,11 @@ def _write_out(graph_module: fx.GraphModule, node: fx.Node) -> None:
         kernel = tuple(operator.attrgetter(str(weight.target))(graph_module).shape[2:])
         padding = _same_padding(values["padding"], kernel, values["dilation"])
         if padding is None:
-            return
+            totals = [d * (k - 1) for k, d in zip(kernel, values["dilation"], strict=True)]
+            sides = [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
+            with graph_module.graph.inserting_before(node):
+                values["input"] = graph_module.graph.call_function(F.pad, (values["input"], sides))
+            padding = (0,) * dims
         values["padding"] = padding
     node.args = tuple(values[name] for name in names)
     node.kwargs = {}
@@ -310,9 +341,7 @@ def _separate_calls(graph_module: fx.GraphModule) -> dict[str, str]:
         if first.setdefault(id(original), node.target) == node.target and node.target not in seen:
             seen.add(node.target)
             continue
-        twin = copy.copy(original)  # the same Parameter and buffer objects in dicts of its own
-        for registry in ("_parameters", "_buffers", "_modules"):
-            setattr(twin, registry, dict(getattr(original, registry)))
+        twin = _view(original)
         number = sum(1 for origin in origins.values() if origin == first[id(original)]) + 1
         name = f"{first[id(original)]}_call{number}"
         graph_module.add_submodule(name, twin)

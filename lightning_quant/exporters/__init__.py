@@ -24,7 +24,7 @@ from lightning_quant.analysis.sqnr import sqnr_db
 from lightning_quant.arguments import with_batch
 from lightning_quant.backends import fx
 from lightning_quant.config import ExportConfig, FormatName, Method, QuantConfig, resolve_formats
-from lightning_quant.errors import ArtifactError, ConfigError, ExportError
+from lightning_quant.errors import ArtifactError, ConfigError, ExportError, QuantizationError
 from lightning_quant.exporters import onnx, torchscript
 from lightning_quant.exporters.qdq import to_qdq
 from lightning_quant.runtime import FORMAT_VERSION, load
@@ -158,7 +158,15 @@ def _write_one(program: Program, source: nn.Module, name: str, path: Path) -> Ar
         "output_spec": output_spec,
     }
     # two samples: with one, exporters take the batch for a constant
-    _EXPORTERS[name](source, with_batch(program.data, 2), path, metadata)
+    try:
+        _EXPORTERS[name](source, with_batch(program.data, 2), path, metadata)
+    except QuantizationError:
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"{label} failed: {type(error).__name__}: {error}. Leave the format out with "
+            "ExportConfig(formats=...), or the part that cannot be exported with QuantConfig(skip=...)."
+        ) from error
     figure = _verify(label, path, source, expected, program)
     return Artifact(name, program.name, path, path.stat().st_size, figure)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ METADATA_FILE = "lightning_quant.json"
 
 def freeze(module: nn.Module, inputs: tuple[Any, ...]) -> torch.jit.ScriptModule:
     """``module`` traced on ``inputs`` and frozen: weights are constants, dead code is gone."""
-    with quiet(), torch.no_grad():
+    with quiet(), warnings.catch_warnings(), torch.no_grad():
+        # graphs have no branches on data; those that torch warns of are inside its own int8 recurrent layers
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
         traced = torch.jit.trace(module.eval(), inputs, check_trace=False, strict=False)
         frozen: torch.jit.ScriptModule = torch.jit.freeze(traced)
     return frozen
