@@ -52,6 +52,23 @@ def _check_trainer(trainer: Any, *, trains_quantized: bool) -> None:
             + ("activations to fake quantize. " if trains_quantized else "weights to start from. ")
             + "Use Trainer(precision='32-true')."
         )
+    ours = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, _Base)]
+    if len(ours) > 1:
+        raise ConfigError(
+            f"the Trainer has {len(ours)} quantization callbacks, {' and '.join(ours)}: they would undo each other. "
+            "Give one."
+        )
+
+
+def _check_dtypes(module: Any, captured: Capture) -> None:
+    """Int8 kernels are made from float32 weights."""
+    for target in captured.targets:
+        for name, parameter in module.get_submodule(target.name).named_parameters():
+            if parameter.is_floating_point() and parameter.dtype != torch.float32:
+                raise ConfigError(
+                    f"{target.label}: {name} is {str(parameter.dtype).removeprefix('torch.')}, and int8 is made from "
+                    "float32 weights. Call .float() on the module before the run."
+                )
 
 
 def _shows_progress(trainer: Any) -> bool:
@@ -100,8 +117,9 @@ class _Base(Callback):
     def _capture(self, trainer: Any, pl_module: Any) -> tuple[Sample, Capture]:
         # Lightning runs configure_model with the accelerator as default device; copies are traced on the CPU
         with isolated_rng(), torch.device("cpu"):
-            self._sample = sample(trainer, pl_module)
+            self._sample = sample(trainer, pl_module, needs_validation=self.method == "static")
             self._captured = capture(pl_module, self._sample, self.config, self.method)
+        _check_dtypes(pl_module, self._captured)
         return self._sample, self._captured
 
     def _finish(
@@ -339,6 +357,10 @@ class QuantizationAwareTraining(_Base):
     def _observers(self, pl_module: Any) -> dict[str, dict[str, torch.Tensor]]:
         return {name: observer_state(graph) for name, graph in self._graphs(pl_module).items()}
 
+    def _keep(self, pl_module: Any) -> None:
+        if attached_to(pl_module) is not None:
+            self._kept = (id(pl_module), self._observers(pl_module))
+
     def _load(self, pl_module: Any, observers: dict[str, dict[str, torch.Tensor]]) -> None:
         graphs = self._graphs(pl_module)
         if graphs.keys() != observers.keys():
@@ -401,7 +423,7 @@ class QuantizationAwareTraining(_Base):
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """The module is on the CPU and unwrapped; the weights are those that it holds now."""
         graphs = self._graphs(pl_module)
-        self._kept = (id(pl_module), self._observers(pl_module))
+        self._keep(pl_module)
         relink(pl_module)
         if not all(fx.is_initialised(graph) for graph in graphs.values()):
             log.warning("quantization never began: no training batch ran with fake quantize. There is no int8 model.")
@@ -437,15 +459,14 @@ class QuantizationAwareTraining(_Base):
         return None
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Leave a float module. A checkpoint that another callback writes after this still gets the observers."""
-        observers = self._observers(pl_module)
+        """Leave a float module, with the weights that it has."""
+        self._keep(pl_module)
         self._take_off(pl_module)
-        if observers:
-            after_method(
-                pl_module,
-                "on_save_checkpoint",
-                lambda _, checkpoint: checkpoint.update({CHECKPOINT_KEY: {"observers": observers}}),
-            )
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """After the run, the module's own hook is off: checkpoints still get the observers that it ended with."""
+        if attached_to(pl_module) is None and self._kept is not None and self._kept[0] == id(pl_module):
+            checkpoint.setdefault(CHECKPOINT_KEY, {"observers": self._kept[1]})
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """The user's module is a float module again, with the trained weights."""

@@ -38,22 +38,25 @@ class Sample:
     data: ValidationData | None
 
 
-def sample(trainer: Any, module: Any) -> Sample:
+def sample(trainer: Any, module: Any, *, needs_validation: bool = False) -> Sample:
     """Record one batch.
 
     Args:
         trainer: In ``setup`` or later, of ``fit``, ``validate`` or ``test``.
         module: The user's LightningModule. Not changed: a copy runs.
+        needs_validation: An empty val dataloader is an error.
 
     Raises:
+        CalibrationError: ``needs_validation``, and the val dataloader is empty.
         CaptureError: There is no batch and no ``example_input_array``, or the step raises.
     """
     root = root_of(trainer)
     fn = trainer.state.fn.value
     val_loop = trainer.fit_loop.epoch_loop.val_loop if fn == "fit" else trainer.validate_loop
+    example = getattr(module, "example_input_array", None)
     with isolated_rng():
         if fn != "test" and trainer.limit_val_batches != 0 and _overridden(root, "validation_step", module):
-            data = _first_validation_batches(trainer, val_loop._data_source)
+            data = _first_validation_batches(trainer, val_loop._data_source, needs_validation)
             if data is not None:
                 return Sample(
                     _record(module, "validation_step", lambda twin: evaluate(twin, data)), "validation_step", data
@@ -65,9 +68,13 @@ def sample(trainer: Any, module: Any) -> Sample:
             if fn != stage:
                 continue
             found, batch = _first_of(source, sequential=stage == "test")
-            if found:
+            if not found:
+                continue
+            try:
                 return Sample(_record(module, step, _by_hand(trainer, step, batch)), step, None)
-        example = getattr(module, "example_input_array", None)
+            except CaptureError:  # e.g. manual optimization, which asks for the optimizers
+                if example is None:
+                    raise
         if example is not None:
             call = _call_of(example)
             recordings = _record(module, "forward", lambda twin: twin(*call.args, **call.keywords))
@@ -92,8 +99,7 @@ def _record(module: Any, step: str, run: Any) -> dict[str, Recording]:
     except Exception as error:
         raise CaptureError(
             f"{type(module).__name__}.{step} raised {type(error).__name__} on one batch, on the CPU in eval mode: "
-            f"{error}. "
-            "Its parts are traced with what it passes them. If it cannot run there, set self.example_input_array."
+            f"{str(error).rstrip('.')}. Its parts are traced with what it passes them. If it cannot run there, set self.example_input_array."
         ) from error
 
 
@@ -163,13 +169,30 @@ class _OneBatch:
         return 1
 
 
-def _first_validation_batches(trainer: Any, source: Any) -> ValidationData | None:
+def _first_validation_batches(trainer: Any, source: Any, needed: bool) -> ValidationData | None:
     """The first batch of each val dataloader, in their structure."""
     loaders, mode = _loaders_of(source)
     if loaders is None:
         return None
     found, batches = _first(loaders, _OneBatch)
+    if not found and needed and _is_empty(loaders):
+        raise CalibrationError(
+            "the val dataloader is empty, and static quantization calibrates on it. Give it at least one batch (with "
+            "drop_last=True it may have dropped the only one), or use method='dynamic', which needs no data."
+        )
     return ValidationData(root_of(trainer), batches, mode, trainer.datamodule, 1) if found else None
+
+
+def _is_empty(loaders: Any) -> bool:
+    items = list(loaders.values()) if isinstance(loaders, dict) else loaders if isinstance(loaders, list) else [loaders]
+    return any(hasattr(x, "__len__") and not isinstance(x, IterableDataset) and _length(x) == 0 for x in items)
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:  # a DataLoader over an iterable dataset has __len__, and raises
+        return None
 
 
 def _first_of(source: Any, *, sequential: bool) -> tuple[bool, Any]:

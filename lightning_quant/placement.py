@@ -106,11 +106,7 @@ def graft(module: nn.Module, graph: nn.Module, interface: Interface, replaced: t
         replaced: Names of the submodules, parameters and buffers of ``module`` that ``graph`` stands for.
     """
     for name in replaced:
-        parent_name, _, child = name.rpartition(".")
-        parent = module.get_submodule(parent_name)
-        for registry in (parent._modules, parent._parameters, parent._buffers):
-            registry.pop(child, None)
-    _prune(module)
+        _take_out(module, name)
     name = _CHILD
     while name in module._modules:
         name += "_"
@@ -124,11 +120,13 @@ def plain_train(module: nn.Module) -> None:
     module.__dict__["train"] = MethodType(nn.Module.train, module)
 
 
-def _prune(module: nn.Module) -> None:
-    """Take out containers in which nothing is left."""
-    for name, child in list(module._modules.items()):
-        if child is None or not (had := len(child._modules)):
-            continue
-        _prune(child)
-        if had and not child._modules and not child._parameters and not child._buffers:
-            del module._modules[name]
+def _take_out(module: nn.Module, name: str) -> None:
+    """Remove a submodule, Parameter or buffer, and the containers that are empty without it."""
+    while name:
+        parent_name, _, child = name.rpartition(".")
+        parent = module.get_submodule(parent_name)
+        for registry in (parent._modules, parent._parameters, parent._buffers):
+            registry.pop(child, None)
+        if parent._modules or parent._parameters or parent._buffers:
+            return
+        name = parent_name

@@ -216,6 +216,7 @@ class FrozenNorm(Classifier):
 
     def __init__(self) -> None:
         super().__init__(convnet())
+        self.train()
 
     def train(self, mode: bool = True) -> FrozenNorm:
         super().train(mode)

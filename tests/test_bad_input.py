@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from modules import (
@@ -97,7 +98,7 @@ def test_static_with_limit_val_batches_0(entry: str) -> None:
 
 
 class _WithoutValidationStep(Watched):
-    validation_step = Classifier.__mro__[1].validation_step
+    validation_step = pl.LightningModule.validation_step
 
 
 @pytest.mark.filterwarnings("ignore:you passed in a `val_dataloader` but have no `validation_step`")
@@ -109,9 +110,8 @@ def test_static_without_a_validation_step() -> None:
 @pytest.mark.parametrize("entry", ["fit", "validate"])
 def test_static_with_an_empty_val_dataloader(entry: str) -> None:
     data = [train_loader()] if entry == "fit" else []
-    refused(
-        ptq(), QuantizationError, r"val(idation)? dataloader", *data, DataLoader(rows(0, 0), batch_size=4), entry=entry
-    )
+    data.append(DataLoader(rows(0, 0), batch_size=4))
+    refused(ptq(), QuantizationError, r"val(idation)? dataloader", *data, entry=entry)
 
 
 @BOTH
@@ -207,6 +207,26 @@ def test_training_needs_float32(precision: str) -> None:
 def test_calibration_needs_float32_weights(precision: str) -> None:
     message = rf"Trainer\(precision='{precision}'\): quantization needs float32 weights to start from"
     refused(ptq(), ConfigError, message, precision=precision)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(torch.float64, "float64|Double"), (torch.bfloat16, "bfloat16|BFloat16")], ids=str
+)
+def test_weights_that_are_not_float32(made_by: Any, dtype: torch.dtype, name: str) -> None:
+    class Cast(Watched):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return batch[0].to(dtype), batch[1]
+
+    data = [train_loader(), val_loader()]
+    refused(made_by(), QuantizationError, name, *data, model=Cast().to(dtype))
+
+
+def test_two_quantization_callbacks() -> None:
+    model = Watched()
+    with pytest.raises(ConfigError, match="QuantizationAwareTraining"):
+        trainer(ptq(), qat()).fit(model, Digits())
+    assert model.trained == 0
 
 
 @BOTH

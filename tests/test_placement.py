@@ -41,7 +41,7 @@ def test_divert_and_restore_leave_no_trace() -> None:
     keys, expected = list(model.state_dict()), model(X)
     divert(model[0], ToGraph(Plus(0.5), interface(model[0], X)))
     assert list(model.state_dict()) == keys
-    assert list(model[0].children())[0] is model[0].first
+    assert next(model[0].children()) is model[0].first
     assert torch.equal(model[0](X), X + 0.5)
     assert torch.equal(model[0].forward(X), X + 0.5)
     assert isinstance(route_of(model[0]), ToGraph)
@@ -116,9 +116,9 @@ def test_graft_takes_out_what_the_graph_stands_for() -> None:
 
 
 def test_graft_keeps_what_the_graph_does_not_use() -> None:
-    model = nn.Sequential(Mlp(), nn.Sequential(nn.Linear(3, 3)), nn.Sequential())
+    model = nn.Sequential(Mlp(), nn.Sequential(nn.Linear(3, 3)))
     graft(model, Plus(1), interface(model, X), ("0.first", "0.act", "1.0"))
-    assert [name for name, _ in model.named_modules()] == ["", "0", "0.second", "2", "int8"]
+    assert [name for name, _ in model.named_modules()] == ["", "0", "0.second", "int8"]
 
 
 def test_graft_finds_a_free_name() -> None:

@@ -12,7 +12,6 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from modules import (
-    as_test,
     WITHOUT_VAL_LOADER,
     BuiltInConfigureModel,
     BuiltInSetup,
@@ -25,6 +24,7 @@ from modules import (
     Recurrent,
     StepsOnly,
     WithHyperparameters,
+    as_test,
     convnet,
     different,
     merged,
@@ -474,6 +474,15 @@ def test_fast_dev_run_writes_nothing(entry: str) -> None:
     assert list(Path().iterdir()) == []
     assert callback.quantized_model is not None
     assert callback.report is None
+
+
+def test_after_training_in_mixed_precision_the_float_model_is_float32() -> None:
+    model, callback = Classifier(convnet()), ptq()
+    trainer(callback, precision="bf16-mixed").fit(model, Digits())
+    assert callback.report.metrics_float == merged(trainer().validate(model, Digits()))
+    assert callback.report.metrics_int8["val_loss"] == pytest.approx(
+        callback.report.metrics_float["val_loss"], rel=0.05
+    )
 
 
 @pytest.mark.parametrize("shown", [True, False])

@@ -34,7 +34,8 @@ from modules import (
     val_loader,
     weights,
 )
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from pytorch_lightning.tuner import Tuner
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -511,8 +512,10 @@ def test_a_crash_in_an_exporter_keeps_the_trained_weights(
     assert not Path(f"quantized/model.{format_name}").exists()
 
 
+@pytest.mark.filterwarnings("ignore:Found 1 module.* in eval mode at the start of training")
+@pytest.mark.filterwarnings("ignore:Found 1 module.s. in eval mode")  # which is what this is about
 def test_a_batch_norm_that_the_module_keeps_in_eval_mode_stays_so() -> None:
-    model = seeded(FrozenNorm)
+    model = seeded(FrozenNorm).train()  # Lightning trains a module in the modes that it finds
     before = weights(model)
     fitted(qat(), model=model, max_epochs=2)
     moved = set(different(before, weights(model)))
@@ -535,6 +538,43 @@ def test_skipped_layers_train_in_float() -> None:
     assert callback.report.float_layers == {"net.0": "left float by 'skip'"}
     assert 0 < callback.report.coverage < 1
     assert any(type(part) is nn.Conv2d for part in callback.quantized_model.modules())
+    assert callback.report.metrics_float == merged(trainer().validate(model, Digits()))
+
+
+def test_a_checkpoint_saved_after_fit_has_the_observers() -> None:
+    model, callback, data = seeded(), qat(), Digits()
+    runner = trainer(callback)
+    runner.fit(model, data)
+    runner.save_checkpoint("a.ckpt")
+    assert ranges_of(torch.load("a.ckpt", weights_only=True))
+    tested = merged(trainer(qat()).test(Classifier(convnet()), data, ckpt_path="a.ckpt", verbose=False))
+    assert tested == as_test(callback.report.metrics_int8)
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
+@pytest.mark.parametrize(
+    "other",
+    [lambda: EMAWeightAveraging(decay=0.9), lambda: StochasticWeightAveraging(0.01, swa_epoch_start=1)],
+    ids=["EMA", "SWA"],
+)
+def test_weight_averaging(other: Any) -> None:
+    """The averaged weights are those that are quantized."""
+    model, callback = fitted(qat(), other(), max_epochs=2)
+    last, _ = fitted(qat(), max_epochs=2)
+    assert different(weights(model), weights(last))
+    report = callback.report
+    assert report.metrics_float == merged(trainer().validate(model, Digits()))
+    assert report.metrics_int8["val_loss"] == pytest.approx(report.metrics_float["val_loss"], rel=0.05)
+
+
+def test_a_learning_rate_search_before_fit_leaves_no_trace() -> None:
+    model, callback = seeded(), qat()
+    runner = trainer(callback)
+    before = weights(model)
+    Tuner(runner).lr_find(model, Digits(), num_training=8, update_attr=False)
+    assert different(before, weights(model)) == []
+    assert callback.report is None
+    runner.fit(model, Digits())
     assert callback.report.metrics_float == merged(trainer().validate(model, Digits()))
 
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -171,6 +172,8 @@ def _prepare_traced(traced: Traced, config: QuantConfig, method: Method) -> fx.G
         backend_config=backend_config,
     )
     _count_sharing(prepared)
+    if training:
+        _observe_weights(prepared)
     norms = {
         group.members[0]: group.members[1]
         for group in groups
@@ -195,6 +198,21 @@ def _count_sharing(prepared: fx.GraphModule) -> None:
     for module in calls:
         if isinstance(module, SharedFakeQuantize):
             module.calls_per_forward = sum(1 for other in calls if other is module)
+
+
+def _observe_weights(prepared: fx.GraphModule) -> None:
+    """Give the buffers of per-channel ranges their shapes, so that copies of the model always fit each other."""
+    with torch.no_grad():
+        for module in prepared.modules():
+            fake_quantize = getattr(module, "weight_fake_quant", None)
+            if isinstance(fake_quantize, FakeQuantizeBase):
+                fake_quantize(module.weight)
+        for node in prepared.graph.nodes:
+            fed_by = node.args[0] if node.op == "call_module" and node.args else None
+            if isinstance(fed_by, fx.Node) and fed_by.op == "get_attr":
+                module = prepared.get_submodule(str(node.target))
+                if isinstance(module, FakeQuantizeBase):
+                    module(operator.attrgetter(str(fed_by.target))(prepared))
 
 
 def _get(module: nn.Module, name: str) -> nn.Module | None:
