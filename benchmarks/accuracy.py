@@ -107,7 +107,7 @@ def digits_task() -> Task:
     return Task("digits", train, val, epochs=20, stem_stride=1)
 
 
-def fashion_mnist_task(folder: Path, train_images: int = 60_000, epochs: int = 3) -> Task:
+def fashion_mnist_task(folder: Path, train_images: int = 60_000, epochs: int = 2) -> Task:
     """Fashion-MNIST from its IDX files, 28x28: 60,000 to train, 10,000 to validate."""
 
     def read(name: str, offset: int) -> np.ndarray:

@@ -6,6 +6,7 @@ The order of Lightning's hooks decides where each thing happens; the comments sa
 from __future__ import annotations
 
 import logging
+import weakref
 from typing import Any
 
 import torch
@@ -320,7 +321,7 @@ class QuantizationAwareTraining(_Base):
         self._phase: Phase | None = None
         self._before: dict[str, torch.Tensor] = {}
         self._frozen: list[torch.nn.Module] = []
-        self._kept: tuple[int, dict[str, dict[str, torch.Tensor]]] | None = None
+        self._kept: tuple[weakref.ref[Any], dict[str, dict[str, torch.Tensor]]] | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Prepare after the layers exist, before the checkpoint is restored and the strategy wraps the module."""
@@ -343,7 +344,7 @@ class QuantizationAwareTraining(_Base):
         _, captured = self._capture(trainer, pl_module)
         with isolated_rng(), torch.device("cpu"):
             attach(pl_module, prepare_graphs(pl_module, captured, self.config, self.method))
-        if self._kept is not None and self._kept[0] == id(pl_module):
+        if self._kept is not None and self._kept[0]() is pl_module:
             self._load(pl_module, self._kept[1])
 
     def _graphs(self, pl_module: Any) -> Graphs:
@@ -359,7 +360,7 @@ class QuantizationAwareTraining(_Base):
 
     def _keep(self, pl_module: Any) -> None:
         if attached_to(pl_module) is not None:
-            self._kept = (id(pl_module), self._observers(pl_module))
+            self._kept = (weakref.ref(pl_module), self._observers(pl_module))
 
     def _load(self, pl_module: Any, observers: dict[str, dict[str, torch.Tensor]]) -> None:
         graphs = self._graphs(pl_module)
@@ -465,7 +466,7 @@ class QuantizationAwareTraining(_Base):
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """After the run, the module's own hook is off: checkpoints still get the observers that it ended with."""
-        if attached_to(pl_module) is None and self._kept is not None and self._kept[0] == id(pl_module):
+        if attached_to(pl_module) is None and self._kept is not None and self._kept[0]() is pl_module:
             checkpoint.setdefault(CHECKPOINT_KEY, {"observers": self._kept[1]})
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:

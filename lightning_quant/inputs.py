@@ -99,7 +99,8 @@ def _record(module: Any, step: str, run: Any) -> dict[str, Recording]:
     except Exception as error:
         raise CaptureError(
             f"{type(module).__name__}.{step} raised {type(error).__name__} on one batch, on the CPU in eval mode: "
-            f"{str(error).rstrip('.')}. Its parts are traced with what it passes them. If it cannot run there, set self.example_input_array."
+            f"{str(error).rstrip('.')}. Its parts are traced with what it passes them. "
+            "If it cannot run there, set self.example_input_array."
         ) from error
 
 

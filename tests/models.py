@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_quant import QuantConfig, prepare
+from lightning_quant.arguments import Call
 from lightning_quant.config import Method
 
 #: For property tests: the same examples in every run, and no clock, which a busy machine would fail.
@@ -102,13 +103,18 @@ def settle(model: nn.Module, shape: tuple[int, ...] = (32, 3, 8, 8), steps: int 
 
 
 def calibrated(
-    model: nn.Module, *data: Any, method: Method = "static", config: QuantConfig | None = None, passes: int = 1
+    model: nn.Module,
+    *data: Any,
+    method: Method = "static",
+    config: QuantConfig | None = None,
+    passes: int = 1,
+    **named: Any,
 ) -> Any:
-    """``model`` prepared on ``data``, of which its observers have then seen ``passes`` passes; in eval mode."""
-    prepared = prepare(model, config, method=method, example_inputs=tuple(data))
+    """``model`` prepared on a call of it, of which its observers have then seen ``passes`` passes; in eval mode."""
+    prepared = prepare(model, config, method=method, example_inputs=Call(data, named))
     with torch.no_grad():
         for _ in range(passes):
-            prepared(*data)
+            prepared(*data, *named.values())
     return prepared.eval()
 
 

@@ -181,6 +181,12 @@ def test_data_inside_of_an_object_is_not_taken_for_a_setting() -> None:
     assert names(capture(model, Batch(X))) == ["body"]
 
 
+@pytest.mark.parametrize("method", ["static", "qat"])
+def test_an_output_that_torch_cannot_observe_leaves_the_children(method: Method) -> None:
+    model = model_of(lambda self, x: {"y": self.body(x), "steps": 3}, body=Mlp())
+    assert names(capture(model, X, method=method)) == ["body"]
+
+
 # ---- what is left alone
 
 

@@ -267,6 +267,18 @@ def test_freeze_batch_norm_epoch(frozen: int | None) -> None:
     assert model.net[1].training == model.training  # nothing stays frozen after the run
 
 
+def test_a_second_fit_begins_its_schedule_again() -> None:
+    probe = Probe(lambda module: (weights(module), ranges(module)), "on_train_start", "on_train_epoch_end")
+    callback = qat(freeze_observers_epoch=1, freeze_batch_norm_epoch=1)
+    model, _ = fitted(callback, probe, max_epochs=2)
+    fitted(callback, probe, model=model, max_epochs=2)
+    start, (first, second) = probe.seen["on_train_start"][1], probe.seen["on_train_epoch_end"][2:]
+    assert set(different(start[0], first[0])) >= STATISTICS
+    assert different(activations(start[1]), activations(first[1]))
+    assert not STATISTICS & set(different(first[0], second[0]))
+    assert different(activations(first[1]), activations(second[1])) == []
+
+
 def test_frozen_observers_do_not_thaw_after_validation() -> None:
     probe = Probe(ranges, "on_validation_end", "on_train_epoch_end")
     fitted(qat(freeze_observers_epoch=1), probe, max_epochs=2, val_check_interval=0.5)
@@ -554,8 +566,10 @@ def test_a_checkpoint_saved_after_fit_has_the_observers() -> None:
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
 @pytest.mark.parametrize(
     "other",
-    [lambda: EMAWeightAveraging(decay=0.9), lambda: StochasticWeightAveraging(0.01, swa_epoch_start=1)],
-    ids=["EMA", "SWA"],
+    [
+        pytest.param(lambda: EMAWeightAveraging(decay=0.9), id="EMA"),
+        pytest.param(lambda: StochasticWeightAveraging(0.01, swa_epoch_start=1), id="SWA", marks=pytest.mark.slow),
+    ],
 )
 def test_weight_averaging(other: Any) -> None:
     """The averaged weights are those that are quantized."""
@@ -567,6 +581,7 @@ def test_weight_averaging(other: Any) -> None:
     assert report.metrics_int8["val_loss"] == pytest.approx(report.metrics_float["val_loss"], rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_learning_rate_search_before_fit_leaves_no_trace() -> None:
     model, callback = seeded(), qat()
     runner = trainer(callback)

@@ -104,11 +104,13 @@ def check_traceable(model: nn.Module, call: Call, method: Method) -> None:
     Raises:
         CaptureError: ``model`` cannot be captured as one graph.
     """
-    prepared = prepare(model, QuantConfig(), method, call)
-    prepared.eval()
     try:
+        prepared = prepare(model, QuantConfig(), method, call)
+        prepared.eval()
         with torch.no_grad():
             prepared(*info(prepared).interface.flatten(call.args, call.keywords))
+    except CaptureError:
+        raise
     except Exception as error:
         raise CaptureError(f"torch.ao cannot run it with observers: {type(error).__name__}: {error}") from error
 

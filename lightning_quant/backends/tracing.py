@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from lightning_quant._torch_ao import QuantizationTracer
 from lightning_quant.arguments import Call, Interface, signature_of
 from lightning_quant.errors import CaptureError
-from lightning_quant.qconfig import CONV_FUNCTIONS, CONV_TRANSPOSE_FUNCTIONS, CONVS
+from lightning_quant.qconfig import CONV_FUNCTIONS, CONV_TRANSPOSE_FUNCTIONS, CONV_TRANSPOSES, CONVS
 
 
 @dataclass(frozen=True)
@@ -223,11 +223,22 @@ def _write_out_convolutions(graph_module: fx.GraphModule) -> None:
             module = graph_module.get_submodule(node.target)
             if type(module) in CONVS:
                 _pad_apart(graph_module, node, module)
+            elif type(module) in CONV_TRANSPOSES:
+                _size_apart(graph_module, node, module)
         elif node.op == "call_function" and node.target is F.linear:
             if len(node.args) < 3 and "bias" not in node.kwargs:
                 node.kwargs = {**node.kwargs, "bias": None}
         elif node.op == "call_function" and node.target in (*CONV_FUNCTIONS, *CONV_TRANSPOSE_FUNCTIONS):
             _write_out(graph_module, node)
+
+
+def _size_apart(graph_module: fx.GraphModule, node: fx.Node, conv: nn.Module) -> None:
+    """Int8 kernels of transposed convolutions take no ``output_size``: one that is given keeps the layer in float."""
+    sizes = [*node.args[1:], *node.kwargs.values()]
+    if all(size is None for size in sizes):
+        node.args, node.kwargs = node.args[:1], {}
+    elif not isinstance(conv, Opaque):
+        graph_module.add_submodule(str(node.target), Opaque(conv))
 
 
 def _pad_apart(graph_module: fx.GraphModule, node: fx.Node, conv: Any) -> None:

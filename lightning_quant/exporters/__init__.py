@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, treespec_dumps
 
 from lightning_quant import backends
-from lightning_quant.analysis.sqnr import sqnr_db
+from lightning_quant.analysis.sqnr import float_tensors, sqnr_db
 from lightning_quant.arguments import with_batch
 from lightning_quant.backends import fx
 from lightning_quant.config import ExportConfig, FormatName, Method, QuantConfig, resolve_formats
@@ -139,6 +139,11 @@ def _write_one(program: Program, source: nn.Module, name: str, path: Path) -> Ar
         raise ExportError(
             f"{label}: forward returns {type(expected).__name__} with {[type(x).__name__ for x in leaves]}; files hold "
             "tensors, and tuples, lists or dicts of them."
+        )
+    if not float_tensors(expected):
+        raise ExportError(
+            f"{label}: forward returns integers only, in which one rounding can change everything, so that the file "
+            "could not be compared. Return the scores, and take argmax outside of forward."
         )
     try:
         output_spec = treespec_dumps(spec)

@@ -301,6 +301,25 @@ def test_transposed_convolution_with_batch_norm_and_relu(dims: int, method: Meth
     assert decibels(expected, convert(prepared)(x)) > 25
 
 
+@METHODS
+@pytest.mark.parametrize("size", [None, "constant", "of the input"])
+def test_output_size_of_a_transposed_convolution(size: str | None, method: Method) -> None:
+    class Up(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+            self.up = nn.ConvTranspose2d(4, 3, 3, stride=2, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            sizes = {None: None, "constant": [8, 8], "of the input": x.shape[-2:]}
+            return self.up(self.down(x), output_size=sizes[size])
+
+    model, x = Up(), torch.randn(8, 3, 8, 8)
+    int8 = convert(calibrated(model, x, method=method))
+    assert int8(x).shape == model(x).shape
+    assert decibels(model(x), int8(x)) > 25
+
+
 # ---- the graph and its interface
 
 
