@@ -27,7 +27,7 @@ def load(path: str | Path) -> nn.Module:
     """The model in a file that this package wrote.
 
     Args:
-        path: A ``torchscript`` or ``onnx`` artifact.
+        path: A ``torchscript`` artifact, or an ``onnx`` one, whose name ends in ``.onnx``.
 
     Returns:
         A module on the CPU in eval mode, with ``metadata``. It takes the tensors that the original took, by position
@@ -43,7 +43,7 @@ def load(path: str | Path) -> nn.Module:
     path = Path(path)
     if not path.is_file():
         raise ArtifactError(f"{path}: no such file.")
-    loaded = _load_torchscript(path) if zipfile.is_zipfile(path) else _load_onnx(path)
+    loaded = _load_onnx(path) if path.suffix == ".onnx" else _load_torchscript(path)
     _check_cpu(path, loaded.metadata)
     return loaded
 
@@ -86,7 +86,8 @@ class _Loaded(nn.Module):
         names: list[str] = self.metadata["inputs"]
         values = {**dict(zip(names, args, strict=False)), **kwargs}
         unknown, missing = [k for k in kwargs if k not in names], [name for name in names if name not in values]
-        if len(args) > len(names) or unknown or missing:
+        twice = set(names[: len(args)]) & kwargs.keys()
+        if len(args) > len(names) or unknown or missing or twice:
             raise ArtifactError(
                 f"this artifact takes {', '.join(names)}; it was given {len(args)} positional and "
                 f"{sorted(kwargs)} keyword arguments."
@@ -146,7 +147,7 @@ class OnnxArtifact(_Loaded):
 def _load_onnx(path: Path) -> OnnxArtifact:
     try:
         import onnxruntime
-        from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidGraph, InvalidProtobuf, NoSuchFile
+        from onnxruntime.capi import onnxruntime_pybind11_state as states
     except ImportError as error:
         raise MissingExtraError(str(error.name), "onnx", f"loading {path.name}") from error
     options = onnxruntime.SessionOptions()
@@ -154,7 +155,7 @@ def _load_onnx(path: Path) -> OnnxArtifact:
     options.log_severity_level = 3
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except (Fail, InvalidGraph, InvalidProtobuf, NoSuchFile) as error:
+    except (states.Fail, states.InvalidArgument, states.InvalidGraph, states.InvalidProtobuf) as error:
         raise ArtifactError(f"{path}: cannot be read as ONNX, it is damaged or foreign: {error}") from error
     metadata = _metadata(path, session.get_modelmeta().custom_metadata_map.get(METADATA_KEY))
     return OnnxArtifact(session, metadata).eval()

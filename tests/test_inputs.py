@@ -40,6 +40,7 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    Subset,
     WeightedRandomSampler,
 )
 
@@ -83,6 +84,37 @@ def test_generators_of_loaders_and_samplers_do_not_move(made_by: Any) -> None:
     assert torch.equal(generator.get_state(), twin.get_state())
     for ours, theirs in zip(loader, made_by(twin), strict=True):
         assert torch.equal(ours[0], theirs[0])
+
+
+class _DrawsFromItsOwn(Dataset):
+    """Augments with a generator that it holds."""
+
+    def __init__(self, generator: Any, draw: Any) -> None:
+        self.generator = generator
+        self.draw = draw
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> float:
+        return float(self.draw(self.generator))
+
+
+@pytest.mark.parametrize("wrap", [lambda dataset: dataset, lambda dataset: Subset(dataset, range(4))])
+@pytest.mark.parametrize(
+    ("generator", "draw"),
+    [
+        (_generator, lambda generator: torch.rand(1, generator=generator)),
+        (lambda: np.random.default_rng(5), lambda generator: generator.random()),
+        (lambda: np.random.RandomState(5), lambda generator: generator.rand()),
+        (lambda: random.Random(5), lambda generator: generator.random()),
+    ],
+    ids=["torch", "numpy", "numpy, legacy", "python"],
+)
+def test_generators_of_datasets_do_not_move(generator: Any, draw: Any, wrap: Any) -> None:
+    looked_at, plain = (DataLoader(wrap(_DrawsFromItsOwn(generator(), draw)), batch_size=2) for _ in range(2))
+    assert peek(looked_at)[0]
+    assert [batch.tolist() for batch in looked_at] == [batch.tolist() for batch in plain]
 
 
 class _Stream(IterableDataset):
