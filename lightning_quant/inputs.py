@@ -7,11 +7,15 @@ A validation batch (else a training batch) goes through the user's own transfer 
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -133,10 +137,6 @@ def _overridden(root: Any, name: str, owner: Any) -> bool:
 @contextlib.contextmanager
 def isolated_rng() -> Iterator[None]:
     """Put the random states of Python, NumPy and torch back, whatever happens inside."""
-    import random
-
-    import numpy as np
-
     states = (torch.get_rng_state(), np.random.get_state(), random.getstate())
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
     try:
@@ -244,8 +244,7 @@ def peek(loader: Any) -> tuple[bool, Any]:
         for batch in iterator:
             return True, batch
         return False, None
-    generators = {id(g): g for g in _generators(loader)}
-    states = {key: g.get_state() for key, g in generators.items()}
+    put_back = [_remember(generator) for generator in _generators(loader)]
     try:
         if isinstance(loader.dataset, IterableDataset):
             if iter(loader.dataset) is loader.dataset:
@@ -264,16 +263,37 @@ def peek(loader: Any) -> tuple[bool, Any]:
         rows = fetch(indices) if fetch else [loader.dataset[index] for index in indices]
         return True, loader.collate_fn(rows)
     finally:
-        for key, generator in generators.items():
-            generator.set_state(states[key])
+        for undo in put_back:
+            undo()
 
 
-def _generators(loader: DataLoader[Any]) -> Iterator[torch.Generator]:
+def _generators(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The generators of random numbers of a loader, its samplers and its datasets."""
     batch_sampler = loader.batch_sampler
-    for holder in (loader, loader.sampler, batch_sampler, getattr(batch_sampler, "sampler", None)):
-        generator = getattr(holder, "generator", None)
-        if isinstance(generator, torch.Generator):
-            yield generator
+    holders: list[Any] = [loader, loader.sampler, batch_sampler, getattr(batch_sampler, "sampler", None)]
+    dataset: Any = loader.dataset
+    while dataset is not None:  # e.g. Subset(Augmented(...))
+        holders.append(dataset)
+        dataset = getattr(dataset, "dataset", None)
+    seen: set[int] = set()
+    for holder in holders:
+        for value in list(getattr(holder, "__dict__", {}).values()):
+            if isinstance(value, _GENERATORS) and id(value) not in seen:
+                seen.add(id(value))
+                yield value
+
+
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
+
+def _remember(generator: Any) -> Callable[[], object]:
+    """A function that puts the state of ``generator`` back to what it is now."""
+    if isinstance(generator, np.random.Generator):
+        bits, state = generator.bit_generator, copy.deepcopy(generator.bit_generator.state)
+        return lambda: setattr(bits, "state", state)
+    if isinstance(generator, random.Random):
+        return partial(generator.setstate, generator.getstate())
+    return partial(generator.set_state, generator.get_state())
 
 
 def recorded_forward(recordings: dict[str, Recording], module: nn.Module) -> Call | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -165,9 +166,10 @@ def _leaves(value: Any) -> list[Any]:
 
 
 def _files_of(report: Path) -> set[str]:
-    """The names of the files that an earlier report lists."""
+    """The names of the files that an earlier report lists, as far as this package gives such names."""
     try:
-        return {Path(f).name for f in _leaves(json.loads(report.read_text(encoding="utf8"))["artifacts"])}
+        names = {Path(str(f)).name for f in _leaves(json.loads(report.read_text(encoding="utf8"))["artifacts"])}
+        return {name for name in names if re.fullmatch(r"model(\..+)?\.(ts|onnx)", name)}
     except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
         return set()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -71,8 +72,8 @@ def coverage(
     if isinstance(example_inputs, torch.Tensor):
         example_inputs = (example_inputs,)
     names = _Names(converted)
-    counter = _Counter(names)
-    with names, torch.no_grad(), counter:
+    counter = _Counter(names, converted)
+    with names, _operators_of_attention(), torch.no_grad(), counter:
         if run is None:
             converted(*example_inputs)
         else:
@@ -83,6 +84,17 @@ def coverage(
         reason = "" if int8 else next((r for n, r in reasons.items() if name == n or name.startswith(n + ".")), "")
         rows.append(LayerRow(name, op, macs, int8, reason or ("" if int8 else "no int8 kernel was placed for it")))
     return Coverage(tuple(rows))
+
+
+@contextmanager
+def _operators_of_attention() -> Iterator[None]:
+    """Run nn.MultiheadAttention as the operators that it is made of, not as one that hides its projections."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 class _Names:
@@ -132,28 +144,34 @@ def _recurrent_macs(module: Any, x: Any) -> int:
     kind = type(module).__name__.upper()
     gates = 4 if "LSTM" in kind else 3 if "GRU" in kind else 1
     size, hidden = module.input_size, module.hidden_size
+    state = getattr(module, "proj_size", 0) or hidden
     directions = 2 if getattr(module, "bidirectional", False) else 1
     total = 0
     for layer in range(getattr(module, "num_layers", 1)):
-        total += directions * gates * hidden * ((size if layer == 0 else hidden * directions) + hidden)
+        width = size if layer == 0 else state * directions
+        total += directions * gates * hidden * (width + state)
+        if state != hidden:
+            total += directions * hidden * state
     return steps * total
 
 
 class _Counter(TorchDispatchMode):
-    def __init__(self, names: _Names) -> None:
+    def __init__(self, names: _Names, model: nn.Module) -> None:
         super().__init__()
         self.names = names
+        tensors = (*model.parameters(), *model.buffers())
+        self.weights = {x.untyped_storage().data_ptr() for x in tensors if not x.is_quantized}
         self.found: list[tuple[str, str, int, bool]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        counted = _macs(func, args, output)
+        counted = _macs(func, args, output, self.weights)
         if counted is not None and not self.names.inside_recurrent:
             self.found.append((self.names.current, func._schema.name, *counted))
         return output
 
 
-def _macs(func: Any, args: tuple[Any, ...], output: Any) -> tuple[int, bool] | None:
+def _macs(func: Any, args: tuple[Any, ...], output: Any, weights: set[int]) -> tuple[int, bool] | None:
     """``(multiply-accumulates, int8)`` of one operator with weights, or None for any other."""
     name = func._schema.name
     if name.startswith(("quantized::conv", "quantized::linear")) and not name.endswith(("prepack", "unpack")):
@@ -167,9 +185,9 @@ def _macs(func: Any, args: tuple[Any, ...], output: Any) -> tuple[int, bool] | N
         transposed = bool(args[6]) if func is _ATEN.convolution.default else False
         # a transposed weight is (in, out / groups, ...): each input meets out / groups * prod(kernel) of it
         return (args[0] if transposed else output).numel() * math.prod(weight.shape[1:]), False
-    if func in (_ATEN.addmm.default, _ATEN.linear.default):
+    if func in (_ATEN.addmm.default, _ATEN.mm.default, _ATEN.linear.default):
         weight = args[2] if func is _ATEN.addmm.default else args[1]
-        return output.numel() * (weight.shape[0] if func is _ATEN.addmm.default else weight.shape[1]), False
-    if func is _ATEN.mm.default and isinstance(args[1], torch.Tensor):
-        return output.numel() * args[1].shape[0], False
+        # a product of two activations has no layer
+        if weight.untyped_storage().data_ptr() in weights:
+            return output.numel() * weight.shape[1 if func is _ATEN.linear.default else 0], False
     return None

@@ -108,6 +108,7 @@ def test_a_recurrent_layer_without_an_int8_kernel() -> None:
     assert [(row.op, row.macs) for row in found.rows] == [("RNN", 15 * 6 * (4 + 6))]
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 def test_a_projected_lstm() -> None:
     found = coverage(nn.LSTM(4, 6, proj_size=2), torch.randn(5, 3, 4))
     # the state is what was projected, and the projection multiplies as well
