@@ -32,11 +32,12 @@ class SharedFakeQuantize(FusedMovingAvgObsFakeQuantize):
     def forward(self, X: torch.Tensor) -> torch.Tensor:
         """``X`` of any shape, rounded to the grid if fake quantize is on; the range follows if observing is on."""
         # torch's fused kernel gives symmetric ranges other scales than its observer gives to convert
-        fused = self.calls_per_forward == 1 and not self.is_symmetric_quant
-        if fused or not bool(self.observer_enabled[0]):
+        observing = bool(self.observer_enabled[0])
+        if not self.is_symmetric_quant and (self.calls_per_forward == 1 or not observing):
             rounded: torch.Tensor = super().forward(X)
             return rounded
-        self._observe(X.detach())
+        if observing:
+            self._observe(X.detach())
         if not bool(self.fake_quant_enabled[0]):
             return X
         observer: Any = self.activation_post_process

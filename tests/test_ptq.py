@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from modules import (
+    MIN_MAX,
     WITHOUT_VAL_LOADER,
     BuiltInConfigureModel,
     BuiltInSetup,
@@ -44,8 +45,6 @@ from lightning_quant import (
     CalibrationError,
     ExportConfig,
     PostTrainingQuantization,
-    QuantConfig,
-    TensorSpec,
     load,
 )
 
@@ -238,7 +237,7 @@ def test_calibration_batches(batches: int | None, observed: int) -> None:
     images[::4, 0, 0, 0] = 0  # the range begins at 0
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, torch.arange(12) % 10), batch_size=4)
     model = Classifier(convnet())
-    callback = ptq(QuantConfig(activation=TensorSpec(observer="min_max")), calibration_batches=batches)
+    callback = ptq(MIN_MAX, calibration_batches=batches)
     trainer(callback).validate(model, loader)
     assert _input_scale(callback) == pytest.approx(images[: 4 * observed].max().item() / 255, rel=1e-6)
     assert callback.report.metrics_float == merged(trainer().validate(model, loader))
