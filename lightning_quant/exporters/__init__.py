@@ -188,10 +188,10 @@ def _verify(label: str, path: Path, source: nn.Module, expected: Any, program: P
         figures = [sqnr_db(ours, theirs) for ours, theirs in pairs]
     if min(figures) < MIN_SQNR_DB:
         raise ExportError(
-            f"{label}: the file computes something else than the model that it was written from: {min(figures):.1f} dB, "
-            f"at least {MIN_SQNR_DB:.0f} dB are needed. It was not kept. A network with random weights may amplify single "
-            "roundings that much: train it first. Else leave the format out with ExportConfig(formats=...), or find the "
-            "layer with QuantConfig(skip=...)."
+            f"{label}: the file computes something else than the model that it was written from: "
+            f"{min(figures):.1f} dB, where at least {MIN_SQNR_DB:.0f} dB are needed. It was not kept. A network with "
+            "random weights may amplify single roundings that much: train it first. Else leave the format out with "
+            "ExportConfig(formats=...), or find the layer with QuantConfig(skip=...)."
         )
     return figures[0]
 
