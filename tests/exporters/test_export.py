@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import collections
+import functools
 import json
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +94,19 @@ class Exported:
         )
 
 
-@pytest.fixture(scope="module", params=list(CASES))
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return Exported(request.param, tmp_path_factory.mktemp("files"))
-
-
 @pytest.fixture(scope="module")
-def convnet(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return Exported("residual", tmp_path_factory.mktemp("convnet"))
+def export_case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+    return functools.cache(lambda name: Exported(name, tmp_path_factory.mktemp("files")))
+
+
+@pytest.fixture(params=list(CASES))
+def exported(request: pytest.FixtureRequest, export_case: Callable[[str], Exported]) -> Exported:
+    return export_case(request.param)
+
+
+@pytest.fixture
+def convnet(export_case: Callable[[str], Exported]) -> Exported:
+    return export_case("residual")
 
 
 def leaves(output: Any) -> list[torch.Tensor]:
