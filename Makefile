@@ -11,7 +11,7 @@ TORCH_OLDEST := torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help lint format test test-oldest test-slow data demo bench clean
+.PHONY: help lint format test test-oldest test-slow zoo data demo bench clean
 # two environments at once would write the same build files
 .NOTPARALLEL:
 
@@ -31,11 +31,15 @@ test: $(VENV)/.installed  ## the fast tests
 	$(VENV)/bin/python -m pytest
 
 # without torchvision: what PyPI has does not import beside every build of the oldest torch
-test-oldest: $(VENV_OLDEST)/.installed  ## the fast tests with the oldest supported torch
-	$(VENV_OLDEST)/bin/python -m pytest -m "not slow and not torchvision"
+test-oldest: $(VENV_OLDEST)/.installed  ## the fast tests with the oldest supported torch, and lightning alone
+	$(VENV_OLDEST)/bin/python -m pytest -m "not slow and not zoo and not torchvision"
 
 test-slow: $(VENV)/.installed  ## the slow tests; run `make data` first
 	$(VENV)/bin/python -m pytest -m slow
+
+zoo: $(VENV)/.installed  ## every architecture of the zoo, and the table in docs/zoo.md
+	$(VENV)/bin/python -m pytest -m zoo
+	$(VENV)/bin/python tests/zoo/table.py
 
 demo: $(VENV)/.installed  ## quantize a small network and show its report
 	$(VENV)/bin/lightning-quant demo
@@ -52,12 +56,15 @@ clean:  ## remove caches and outputs; environments and data stay
 
 $(VENV)/.installed: REQUIREMENTS := $(TORCH)
 $(VENV_OLDEST)/.installed: REQUIREMENTS := $(TORCH_OLDEST)
+$(VENV)/.installed: EXTRAS := dev,zoo
+# the other Lightning package alone
+$(VENV_OLDEST)/.installed: EXTRAS := test,lightning
 
 # torch first, so that the second command finds it and picks no other
 $(VENV)/.installed $(VENV_OLDEST)/.installed: pyproject.toml
 	@$(@D)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install -q $(REQUIREMENTS)
-	$(@D)/bin/python -m pip install -q -e '.[dev]'
+	$(@D)/bin/python -m pip install -q -e '.[$(EXTRAS)]'
 	@touch $@
 
 # ---- Fashion-MNIST: installed for the system, or unpacked here from Debian's package without installing it

@@ -5,6 +5,8 @@ They are two trees of classes with the same names: a LightningModule of one is r
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -16,7 +18,10 @@ def _installed() -> tuple[ModuleType, ...]:
     if find_spec("lightning") and find_spec("lightning.pytorch"):
         found.append(import_module("lightning.pytorch"))
     if not found:
-        raise ImportError("lightning_quant needs PyTorch Lightning: pip install pytorch-lightning")
+        raise ImportError(
+            "lightning_quant needs PyTorch Lightning: pip install 'lightning-quant[pytorch-lightning]', or "
+            "'lightning-quant[lightning]' where the code imports lightning.pytorch."
+        )
     return tuple(found)
 
 
@@ -31,6 +36,19 @@ def _callback_base() -> type:
 
 
 Callback: Any = _callback_base()
+
+
+@contextmanager
+def detached_modules() -> Iterator[None]:
+    """Let LightningModules be traced that no Trainer holds: their property ``trainer`` is None, and does not raise."""
+    before = [root.LightningModule._jit_is_scripting for root in ROOTS]
+    for root in ROOTS:
+        root.LightningModule._jit_is_scripting = True
+    try:
+        yield
+    finally:
+        for root, value in zip(ROOTS, before, strict=True):
+            root.LightningModule._jit_is_scripting = value
 
 
 def root_of(trainer_or_module: object) -> ModuleType:

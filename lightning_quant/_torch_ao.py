@@ -14,6 +14,7 @@ import torch
 
 try:
     import torch.ao.nn.intrinsic.qat as qat_conv_bn_modules
+    import torch.ao.nn.quantized as quantized_modules
     import torch.ao.nn.quantized.dynamic as dynamic_modules
     import torch.ao.nn.quantized.reference as reference_modules
     import torch.ao.quantization.fx._decomposed
@@ -99,6 +100,7 @@ __all__ = [
     "get_qnnpack_backend_config",
     "prepare_graph",
     "qat_conv_bn_modules",
+    "quantized_modules",
     "quiet",
     "reference_modules",
     "swap_float_functional",

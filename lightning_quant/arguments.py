@@ -1,15 +1,15 @@
 """How a call of ``forward`` becomes the inputs of a graph, and back.
 
-A graph takes data (tensors, or containers of tensors) by position. A user's ``forward`` takes positional and keyword
-arguments, with defaults and settings among them. An :class:`Interface` is the translation, made from one call.
+A graph takes tensors by position, and gives tuples, lists and dicts of them. A user's ``forward`` takes positional and
+keyword arguments with defaults, settings and containers among them, and may give an object of a class of its own. An
+:class:`Interface` is the translation, made from one call.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,18 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_quant.errors import CaptureError
+from lightning_quant.structures import (
+    Leaf,
+    Mismatch,
+    Setting,
+    Shape,
+    Structure,
+    leaves,
+    plain,
+    put_together,
+    structure_of,
+    take_apart,
+)
 
 
 @dataclass(frozen=True)
@@ -32,25 +44,6 @@ class Call:
         return self.kwargs or {}
 
 
-def is_data(value: Any) -> bool:
-    """Whether an argument is data (a tensor, or a container with one in it), not a setting."""
-    if isinstance(value, torch.Tensor):
-        return True
-    if isinstance(value, dict):
-        return any(is_data(v) for v in value.values())
-    return isinstance(value, (list, tuple)) and any(is_data(v) for v in value)
-
-
-def is_setting(value: Any) -> bool:
-    """Whether an argument is a plain value that can be compared, or a container of such."""
-    if isinstance(value, dict):
-        return all(is_setting(v) for v in value.values())
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return all(is_setting(v) for v in value)
-    plain = (bool, int, float, complex, str, bytes, slice, range, Enum, torch.dtype, torch.device, torch.layout)
-    return value is None or isinstance(value, plain)
-
-
 def signature_of(module: nn.Module) -> inspect.Signature:
     """The signature of the class's ``forward`` without ``self``, whatever was bound to the instance."""
     signature = inspect.signature(type(module).forward)
@@ -59,17 +52,18 @@ def signature_of(module: nn.Module) -> inspect.Signature:
 
 @dataclass(frozen=True)
 class Interface:
-    """The inputs of a graph, in order, and the values that every other parameter of ``forward`` has.
+    """The inputs of a graph, in order, and what every other parameter of ``forward`` is.
 
     Attributes:
         signature: Of ``forward``, without ``self``.
-        inputs: Names of the data: a parameter's name, or ``args_0`` for the first one of ``*args``.
-        constants: Parameters (and entries of ``**kwargs``) that are settings -> the value of the example call.
+        structures: Parameter -> where its data is, and the values that are no data. Each of ``*args`` is called
+            ``args_0`` and so on, each of ``**kwargs`` by its key.
+        returns: How the module's output is built from what the graph returns; None: they are the same.
     """
 
     signature: inspect.Signature
-    inputs: tuple[str, ...]
-    constants: dict[str, Any]
+    structures: dict[str, Structure]
+    returns: Shape | None = None
 
     @classmethod
     def of(cls, signature: inspect.Signature, call: Call) -> Interface:
@@ -79,13 +73,28 @@ class Interface:
             CaptureError: An argument is neither data nor a plain setting.
         """
         values = _named_values(signature, call.args, call.keywords)
-        inputs = tuple(name for name, value in values.items() if is_data(value))
+        structures: dict[str, Structure] = {}
         for name, value in values.items():
-            if name not in inputs and not is_setting(value):
+            try:
+                structures[name] = structure_of(value, name)
+            except Mismatch as error:
                 raise CaptureError(
-                    f"its argument {name!r} is a {type(value).__name__}, which may hold tensors of its own"
-                )
-        return cls(signature, inputs, {name: value for name, value in values.items() if name not in inputs})
+                    f"its argument {error.name!r} is a {type(error.value).__name__}, which may hold tensors of its own"
+                ) from None
+        interface = cls(signature, structures)
+        if len(set(interface.inputs)) < len(interface.inputs):
+            raise CaptureError(f"two of its inputs would have one name: {', '.join(interface.inputs)}")
+        return interface
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the data: the parameter's, with the key or index behind it inside a container of several."""
+        return tuple(leaf.name for structure in self.structures.values() for leaf in leaves(structure))
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Parameters that are settings -> the value of the example call."""
+        return {name: s.value for name, s in self.structures.items() if isinstance(s, Setting)}
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """The data of a call, in the order of ``inputs``.
@@ -94,27 +103,23 @@ class Interface:
             CaptureError: The call is not like the example: data is missing, or a setting has another value.
         """
         values = _named_values(self.signature, args, kwargs)
-        for name, value in values.items():
-            if name in self.inputs:
-                continue
-            if not is_setting(value) or name not in self.constants or not _same(value, self.constants[name]):
-                how = f"with {name}={self.constants[name]!r}" if name in self.constants else f"without {name}"
-                raise CaptureError(
-                    f"forward was captured {how} and is called with {name}={_brief(value)}. An int8 graph has the "
-                    "settings of the call that it was captured from: call it in that way, or leave this submodule in "
-                    "float with QuantConfig(skip=...)."
-                )
-        for name in self.inputs:
-            if not is_data(values.get(name)):
-                raise CaptureError(
-                    f"forward was captured with a tensor for {name!r} and is called without one. Call it with the same "
-                    "arguments, or leave this submodule in float with QuantConfig(skip=...)."
-                )
-        return tuple(values[name] for name in self.inputs)
+        data: list[Any] = []
+        try:
+            for name, value in values.items():
+                if name not in self.structures:
+                    raise Mismatch(name, Setting(inspect.Parameter.empty), value)
+                data += take_apart(self.structures[name], value, name)
+            missing = [name for name in self.structures if name not in values]
+            if missing:
+                raise Mismatch(missing[0], self.structures[missing[0]], None)
+        except Mismatch as error:
+            raise CaptureError(_refusal(error)) from None
+        return tuple(data)
 
     def rebuild(self, data: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """``(args, kwargs)`` for ``forward``: the reverse of :meth:`flatten`."""
-        values = {**self.constants, **dict(zip(self.inputs, data, strict=True))}
+        rest = iter(data)
+        values = {name: put_together(structure, rest) for name, structure in self.structures.items()}
         bound = self.signature.bind_partial()
         for name, parameter in self.signature.parameters.items():
             if parameter.kind is parameter.VAR_POSITIONAL:
@@ -131,6 +136,40 @@ class Interface:
             elif name in values:
                 bound.arguments[name] = values[name]
         return bound.args, bound.kwargs
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a graph takes and returns what ``forward`` does: tensors in, tuples, lists and dicts out."""
+        return self.returns is None and all(isinstance(s, (Leaf, Setting)) for s in self.structures.values())
+
+    def returning(self, shape: Shape | None) -> Interface:
+        """This interface with another ``returns``."""
+        return replace(self, returns=shape)
+
+    def restore(self, output: Any) -> Any:
+        """What ``forward`` would return, from what the graph returned."""
+        return output if self.returns is None else self.returns.restore(output)
+
+
+def _refusal(error: Mismatch) -> str:
+    remedy = "or leave this submodule in float with QuantConfig(skip=...)."
+    if isinstance(error.expected, Leaf):
+        return (
+            f"forward was captured with a tensor for {error.name!r} and is called without one. Call it with the same "
+            f"arguments, {remedy}"
+        )
+    if not isinstance(error.expected, Setting):
+        how = f"with a {error.expected.type.__name__} of {', '.join(map(str, error.expected.keys))} for {error.name!r}"
+        return (
+            f"forward was captured {how} and is called with {error.name}={_brief(error.value)}. Call it with the same "
+            f"arguments, {remedy}"
+        )
+    known = error.expected.value is not inspect.Parameter.empty
+    how = f"with {error.name}={error.expected.value!r}" if known else f"without {error.name}"
+    return (
+        f"forward was captured {how} and is called with {error.name}={_brief(error.value)}. An int8 graph has the "
+        f"settings of the call that it was captured from: call it in that way, {remedy}"
+    )
 
 
 def _is_positional(name: str, parameter: str) -> bool:
@@ -153,12 +192,11 @@ def _named_values(signature: inspect.Signature, args: tuple[Any, ...], kwargs: d
     return values
 
 
-def _same(a: Any, b: Any) -> bool:
-    return a is b or (type(a) is type(b) and bool(a == b))
-
-
 def _brief(value: Any) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    text = repr(value)
+    return text if len(text) < 80 else f"a {type(value).__name__}"
 
 
 class Positional(nn.Module):
@@ -177,9 +215,9 @@ class Positional(nn.Module):
         self.call = call
 
     def forward(self, *data: Any) -> Any:
-        """``module`` on ``data``."""
+        """What ``module`` gives for ``data``, as tuples, lists and dicts."""
         args, kwargs = self.interface.rebuild(data)
-        return self.call(self.module, *args, **kwargs) if self.call else self.module(*args, **kwargs)
+        return plain(self.call(self.module, *args, **kwargs) if self.call else self.module(*args, **kwargs))
 
 
 class Captured(nn.Module):
@@ -192,7 +230,7 @@ class Captured(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The graph on the data of the call."""
-        return self.graph(*self.interface.flatten(args, kwargs))
+        return self.interface.restore(self.graph(*self.interface.flatten(args, kwargs)))
 
 
 def batch_size(data: Any) -> int | None:

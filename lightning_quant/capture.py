@@ -8,8 +8,8 @@ submodules can be replaced by a graph without anyone noticing.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from types import MethodType
 from typing import Any
@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 from torchmetrics import Metric
 
-from lightning_quant.arguments import Call
+from lightning_quant.arguments import Call, Interface, signature_of
 from lightning_quant.config import Method, near
 from lightning_quant.errors import CaptureError, ConfigError
 from lightning_quant.qconfig import QUANTIZABLE, WEIGHTED
@@ -27,18 +27,32 @@ from lightning_quant.qconfig import QUANTIZABLE, WEIGHTED
 
 @dataclass(frozen=True)
 class Recording:
-    """What was seen of one submodule: its first call, and for each call the submodules that were running then."""
+    """What was seen of one submodule.
+
+    Attributes:
+        call: The first call.
+        within: For each call, the submodules that were running then.
+        ways: How its calls differ in more than their data, one text for each way; a single one if they do not.
+    """
 
     call: Call
     within: tuple[frozenset[str], ...]
+    ways: tuple[str, ...] = ("",)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A submodule to quantize as one graph. ``name`` is ``""`` for the forward of the model itself."""
+    """A submodule to quantize as one graph.
+
+    Attributes:
+        name: ``""`` for the forward of the model itself.
+        call: One call of it.
+        kept: Names, relative to it, of the submodules that its graph calls as they are -> why. Targets may be inside.
+    """
 
     name: str
     call: Call
+    kept: dict[str, str] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -80,21 +94,35 @@ def record_calls(model: nn.Module, run: Callable[[nn.Module], object]) -> dict[s
     twin = copy.deepcopy(model).cpu().eval()
     running: list[str] = []
     calls: dict[str, Call] = {}
+    ways: dict[str, list[str]] = {}
     within: dict[str, list[frozenset[str]]] = {}
 
     def enter(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if name not in calls:
             calls[name] = Call(detached(args), detached(kwargs))
+        way = _way(modules[name], args, kwargs)
+        if way not in ways.setdefault(name, []):
+            ways[name].append(way)
         within.setdefault(name, []).append(frozenset(running))
         running.append(name)
 
-    for name, module in twin.named_modules():
+    modules = dict(twin.named_modules())
+    for name, module in modules.items():
         if isinstance(module, torch.jit.ScriptModule):
             continue
         _watch(module, name, enter, running.pop)
     with torch.no_grad():
         run(twin)
-    return {name: Recording(call, tuple(within[name])) for name, call in calls.items()}
+    return {name: Recording(call, tuple(within[name]), tuple(ways[name])) for name, call in calls.items()}
+
+
+def _way(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """What a call passes besides its data."""
+    try:
+        interface = Interface.of(signature_of(module), Call(args, kwargs))
+    except (CaptureError, TypeError):  # no target anyway: it takes what a graph cannot
+        return ""
+    return ", ".join([*interface.inputs, *(f"{name}={value!r}" for name, value in interface.constants.items())])
 
 
 def _watch(
@@ -155,15 +183,17 @@ def _own_layers(model: nn.Module) -> bool:
     return any(isinstance(child, WEIGHTED) for child in model.children())
 
 
-def _own_weights(module: nn.Module) -> bool:
+def _own_weights(module: nn.Module, kept: Collection[str] = ()) -> bool:
     """Whether ``module`` may hold weights that it uses with functions, e.g. a Parameter for ``F.linear``.
 
-    Layers of torch.nn that are not quantized (norms, embeddings) hold Parameters as well: those do not count.
+    Layers of torch.nn that are not quantized (norms, embeddings) hold Parameters as well: those do not count, nor do
+    those inside of the submodules ``kept``.
     """
+    outside = tuple(f"{name}." for name in kept)
     return any(
         parameter.dim() >= 2
-        for part in module.modules()
-        if not type(part).__module__.startswith("torch.nn.")
+        for name, part in module.named_modules()
+        if not type(part).__module__.startswith("torch.nn.") and not f"{name}.".startswith(outside)
         for parameter in part.parameters(recurse=False)
     )
 
@@ -171,7 +201,7 @@ def _own_weights(module: nn.Module) -> bool:
 def find_targets(
     model: nn.Module,
     recordings: dict[str, Recording],
-    trace: Callable[[nn.Module, Call], object],
+    trace: Callable[[nn.Module, Call], dict[str, str]],
     *,
     method: Method,
     targets: tuple[str, ...] = (),
@@ -182,12 +212,13 @@ def find_targets(
 
     A submodule is a target if its ``forward`` was called, if every layer with weights inside it ran only while that
     ``forward`` ran (else the graph would miss some of its calls), and if ``trace`` does not fail on it. Where it is
-    not, its children are tried.
+    not, its children are tried; so are the children of what the graph of a target calls as it is.
 
     Args:
         model: Not changed.
         recordings: From :func:`record_calls`.
-        trace: The backend's. It raises :class:`CaptureError` for what it cannot capture.
+        trace: The backend's. It gives the submodules that the graph calls as they are, and raises
+            :class:`CaptureError` where the forward itself cannot be captured.
         method: Which kinds of layers can be quantized depends on it.
         targets: Names or patterns to restrict the search to.
         skip: Names or patterns that stay float.
@@ -213,46 +244,70 @@ def find_targets(
         if not any(isinstance(modules[layer], kinds) for layer in layers) and not _own_weights(module):
             return
         if allowed and not (not name and prefer_children and not _own_layers(module)):
-            reason = _obstacle(name, module, layers, recordings, trace)
-            if reason is None:
-                found.append(Target(name, recordings[name].call))
+            result = _attempt(name, module, layers, recordings, trace)
+            if not isinstance(result, str):
+                target = Target(name, recordings[name].call, result)
+                own = [layer for layer in layers if not _is_kept(layer, target)]
+                if any(isinstance(modules[layer], kinds) for layer in own) or _own_weights(module, result):
+                    found.append(target)
+                for kept in result:
+                    inside = _join(name, kept)
+                    reasons.setdefault(inside, result[kept])
+                    visit_children(inside, modules[inside])
                 return
-            reasons.update({layer: reason for layer in layers if layer == name})
-        for child_name, child in module.named_children():
-            visit(f"{name}.{child_name}" if name else child_name, child, allowed)
+            obstacles[name] = result
+            reasons.update({layer: result for layer in layers if layer == name})
+        visit_children(name, module, allowed)
 
+    def visit_children(name: str, module: nn.Module, allowed: bool = True) -> None:
+        for child_name, child in module.named_children():
+            visit(_join(name, child_name), child, allowed)
+
+    obstacles: dict[str, str] = {}
     visit("", model, not wanted)
     if not found:
-        details = "".join(f"\n  {layer}: {reason}" for layer, reason in sorted(reasons.items())[:10])
+        known = {**obstacles, **dict(sorted(reasons.items()))}
+        details = "".join(f"\n  {name or 'forward'}: {reason}" for name, reason in list(known.items())[:10])
         raise CaptureError(
             f"{type(model).__name__} has nothing that can be quantized: no convolution or linear layer that its "
             f"forward reaches.{details}"
         )
-    covered = {layer for t in found for layer in weight_layers(modules[t.name], t.name)}
+    covered = {layer for t in found for layer in weight_layers(modules[t.name], t.name) if not _is_kept(layer, t)}
     for layer in weight_layers(model):
         if layer not in covered and layer not in reasons:
-            reasons[layer] = "never called by the validation step" if layer not in recordings else "not in a target"
+            around = [reason for name, reason in reasons.items() if layer.startswith(name + ".")]
+            called = "not in a target" if not around else around[-1]
+            reasons[layer] = called if layer in recordings else "never called by the validation step"
     return Capture(
         tuple(found), frozenset(skipped), {k: v for k, v in reasons.items() if k in set(weight_layers(model))}
     )
 
 
-def _obstacle(
+def _join(name: str, child: str) -> str:
+    return f"{name}.{child}" if name else child
+
+
+def _is_kept(layer: str, target: Target) -> bool:
+    return any(layer == _join(target.name, k) or layer.startswith(_join(target.name, k) + ".") for k in target.kept)
+
+
+def _attempt(
     name: str,
     module: nn.Module,
     layers: list[str],
     recordings: dict[str, Recording],
-    trace: Callable[[nn.Module, Call], object],
-) -> str | None:
-    """Why ``module`` cannot be replaced by a graph, or None."""
+    trace: Callable[[nn.Module, Call], dict[str, str]],
+) -> dict[str, str] | str:
+    """What a graph in the place of ``module`` calls as it is, or why there cannot be one."""
     if name not in recordings:
         return "its forward is never called by the validation step"
     for layer in layers:
         seen = recordings.get(layer)
         if layer != name and seen and not all(name in stack for stack in seen.within):
             return f"{layer} is also called from outside of it"
+    if len(recordings[name].ways) > 1:
+        return f"it is called in different ways: ({'), ('.join(recordings[name].ways)})"
     try:
-        trace(module, recordings[name].call)
+        return trace(module, recordings[name].call)
     except CaptureError as error:
         return str(error)
-    return None

@@ -100,6 +100,8 @@ class QuantConfig:
         skip: Names (or ``fnmatch`` patterns) of submodules left in float. A pattern that matches nothing is an error.
         reduce_range: Quantize weights to 7 bits. Needed on x86 CPUs without VNNI, whose int8 multiply-add saturates at
             16 bits. None: decided from this CPU, and written into every file.
+        min_coverage: The share of multiply-accumulates, 0 to 1, that has to run in int8: less is an error. None: below
+            0.5 there is a warning.
 
     Raises:
         ConfigError: A value is not one of the choices, or two settings contradict each other.
@@ -115,8 +117,14 @@ class QuantConfig:
     targets: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     reduce_range: bool | None = None
+    min_coverage: float | None = None
 
     def __post_init__(self) -> None:
+        share = self.min_coverage
+        if share is not None and (
+            isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1
+        ):
+            raise ConfigError(f"QuantConfig(min_coverage={share!r}): give a share from 0 to 1, or None.")
         _check_choice("QuantConfig", "backend", self.backend, get_args(BackendName))
         _check_choice("QuantConfig", "engine", self.engine, get_args(EngineName))
         for name in ("activation", "weight"):

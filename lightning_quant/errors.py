@@ -13,6 +13,10 @@ class CaptureError(QuantizationError, RuntimeError):
     """The layers to quantize, or the inputs to trace them with, could not be found."""
 
 
+class CoverageError(QuantizationError, RuntimeError):
+    """Less of the model runs in int8 than was asked for."""
+
+
 class CalibrationError(QuantizationError, RuntimeError):
     """Observers saw no data, so that there are no ranges to quantize with."""
 

@@ -7,8 +7,9 @@ Post-training quantization and quantization-aware training end in the same two f
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -16,24 +17,27 @@ from torch import fx as torch_fx
 from torch import nn
 
 from lightning_quant import evaluate as evaluation
-from lightning_quant._roots import root_of
+from lightning_quant._roots import detached_modules, root_of
 from lightning_quant._torch_ao import quiet
 from lightning_quant.analysis.coverage import Coverage, coverage
 from lightning_quant.analysis.latency import latency_ms
 from lightning_quant.analysis.sqnr import sqnr_db
-from lightning_quant.arguments import Call, Captured, Interface, Positional, with_batch
-from lightning_quant.backends import capture_targets, fx, prepare_target
+from lightning_quant.arguments import Call, Captured, Interface, Positional, signature_of, with_batch
+from lightning_quant.backends import assemble, capture_targets, fx, inner_first, prepare_target
 from lightning_quant.backends.tracing import LAYER, trace_around
-from lightning_quant.capture import Capture
+from lightning_quant.capture import Capture, record_calls
 from lightning_quant.config import ExportConfig, Method, QuantConfig, resolve_formats
-from lightning_quant.errors import CaptureError
+from lightning_quant.errors import CaptureError, CoverageError, ExportError
 from lightning_quant.evaluate import ValidationData, copy_of, evaluate
-from lightning_quant.exporters import Artifact, Program, qdq, write
+from lightning_quant.exporters import Artifact, Program, check_exportable, one_config, qdq, write
 from lightning_quant.exporters.torchscript import freeze
 from lightning_quant.inputs import Sample, recorded_forward
 from lightning_quant.placement import Observed, ToGraph, divert, graft, plain_train
 from lightning_quant.report import FormatReport, QuantReport
 from lightning_quant.runtime import load
+from lightning_quant.structures import shape_of
+
+log = logging.getLogger(__name__)
 
 Graphs = dict[str, torch_fx.GraphModule]
 
@@ -103,14 +107,26 @@ def convert_module(module: Any, graphs: Graphs) -> Quantized:
     Raises:
         CalibrationError: An observer saw no data.
     """
-    converted = {name: fx.convert(graph) for name, graph in graphs.items()}
+    converted = {name: fx.convert(graph, _empty(graph)) for name, graph in graphs.items()}
     float_module = copy_of(module)
     int8 = copy_of(module)
-    for name, graph in converted.items():
+    for name in inner_first(converted):
+        graph = converted[name]
         known = fx.info(graph)
+        for kept in known.kept:
+            fx.put(graph, kept, int8.get_submodule(_join(name, kept)))
         graft(int8.get_submodule(name), graph, known.interface, known.replaced)
     plain_train(int8)
     return Quantized(int8.eval(), converted, graphs, float_module)
+
+
+def _empty(graph: torch_fx.GraphModule) -> dict[str, nn.Module]:
+    """Nothing in the places of what the graph keeps: it is put there afterwards."""
+    return {name: nn.Identity() for name in fx.info(graph).kept}
+
+
+def _join(name: str, child: str) -> str:
+    return f"{name}.{child}" if name else child
 
 
 @dataclass(frozen=True)
@@ -123,52 +139,141 @@ class _Part:
 
 
 def _parts(quantized: Quantized, sample: Sample, captured: Capture) -> list[_Part]:
-    """One part for the module's own forward if that can be captured and reaches every target, else one per target."""
+    """One part for the module's own forward if a file can hold it and it reaches every target, else one per target."""
     module = quantized.float_module
-    names = tuple(quantized.converted)
-    if names != ("",):
-        call = recorded_forward(sample.recordings, module)
-        if call is not None and type(module).forward is not root_of(module).LightningModule.forward:
-            try:
-                traced = trace_around(copy_of(module), call, names)
-            except CaptureError:
-                pass  # it does more than a file can hold, e.g. a branch on data: its targets get a file each
-            else:
-                return [_whole(quantized, traced.graph_module, traced.interface, call)]
-    return [_single(quantized, captured, name) for name in names]
+    names = outermost(quantized.converted)
+    call = recorded_forward(sample.recordings, module)
+    if names != ("",) and call is not None and type(module).forward is not root_of(module).LightningModule.forward:
+        part = _around(quantized, names, call) or _whole(quantized, call)
+        if part is not None:
+            return [part]
+    parts: list[_Part] = []
+    pending = list(names)
+    while pending:
+        name = pending.pop(0)
+        part = _single(quantized, captured, name)
+        if _is_exportable(part.program):
+            parts.append(part)
+        else:
+            inside = {n: g for n, g in quantized.converted.items() if n != name and n.startswith(_join(name, ""))}
+            pending = [*outermost(inside), *pending]
+    return parts
 
 
-def _whole(quantized: Quantized, around: torch_fx.GraphModule, interface: Interface, call: Call) -> _Part:
-    def filled(graphs: Callable[[str], nn.Module]) -> nn.Module:
+def _is_exportable(program: Program) -> bool:
+    try:
+        check_exportable(program)
+    except ExportError:
+        return False
+    return True
+
+
+def outermost(graphs: Iterable[str]) -> tuple[str, ...]:
+    """The targets that are not inside of another one."""
+    names = list(graphs)
+    return tuple(n for n in names if not any(n != other and f"{n}.".startswith(_join(other, "")) for other in names))
+
+
+def _in_qdq(quantized: Quantized) -> tuple[Any, Graphs]:
+    """A copy of the module with its targets in the neutral form, and those graphs."""
+    module = copy_of(quantized.float_module)
+    graphs = {name: qdq(graph, _empty(graph)) for name, graph in quantized.prepared.items()}
+    assemble(module, graphs, {name: fx.info(graph) for name, graph in quantized.prepared.items()})
+    return module, graphs
+
+
+def _around(quantized: Quantized, names: tuple[str, ...], call: Call) -> _Part | None:
+    """The module's forward as a graph that calls the graphs of the targets, if it can be traced so."""
+    try:
+        traced = trace_around(copy_of(quantized.float_module), call, names)
+    except CaptureError:
+        return None
+    if traced.kept.keys() - set(names):
+        return None
+    around, interface = traced.graph_module, traced.interface
+
+    def filled(graphs: Graphs) -> nn.Module:
         program = copy.deepcopy(around)
-        for name, graph in quantized.converted.items():
-            program.add_submodule(name, Captured(graphs(name), fx.info(graph).interface))
+        for name in names:
+            program.add_submodule(name, Captured(graphs[name], fx.info(quantized.converted[name]).interface))
         return program.eval()
 
-    known = fx.info(next(iter(quantized.converted.values())))
-    data = interface.flatten(call.args, call.keywords)
-    program = Program(
-        "", filled(quantized.converted.__getitem__), lambda: filled(lambda name: qdq(quantized.prepared[name])), data,
-        interface.inputs, known.config, known.method,
-    )  # fmt: skip
+    program = _program(
+        "", filled(quantized.converted), lambda: filled(_in_qdq(quantized)[1]), interface, call, quantized
+    )
     return _Part(program, around, interface)
+
+
+def _whole(quantized: Quantized, call: Call) -> _Part | None:
+    """The module's forward as Python runs it, if a file can hold that."""
+    try:
+        interface = Interface.of(signature_of(quantized.float_module), call)
+    except CaptureError:
+        return None
+    output = None
+
+    def run(twin: nn.Module) -> None:
+        nonlocal output
+        output = twin(*call.args, **call.keywords)
+
+    reached = record_calls(copy_of(quantized.float_module), run)
+    if not reached.keys() >= set(quantized.converted):
+        return None
+    interface = interface.returning(shape_of(output))
+    program = _program(
+        "",
+        Positional(quantized.module, interface),
+        lambda: Positional(_in_qdq(quantized)[0], interface),
+        interface,
+        call,
+        quantized,
+        opaque=True,
+    )
+    if not _is_exportable(program):
+        return None
+    return _Part(program, Positional(quantized.float_module, interface), interface)
 
 
 def _single(quantized: Quantized, captured: Capture, name: str) -> _Part:
     graph = quantized.converted[name]
     known = fx.info(graph)
     call = next(t.call for t in captured.targets if t.name == name)
-    data = known.interface.flatten(call.args, call.keywords)
-    program = Program(
-        name, graph, lambda: qdq(quantized.prepared[name]), data, known.interface.inputs, known.config, known.method
+    opaque = bool(known.kept)
+    program = _program(
+        name, graph, lambda: _in_qdq(quantized)[1][name], known.interface, call, quantized, opaque=opaque
     )
     if name:
         float_program: nn.Module = Positional(quantized.float_module.get_submodule(name), known.interface)
     else:  # a LightningModule cannot be traced by torch.jit, its graph can
-        float_program = trace_around(copy_of(quantized.float_module), call, ()).graph_module
+        float_program = trace_around(copy_of(quantized.float_module), call, tuple(known.kept)).graph_module
     return _Part(program, float_program, known.interface)
 
 
+def _program(
+    name: str,
+    converted: nn.Module,
+    in_qdq: Callable[[], nn.Module],
+    interface: Interface,
+    call: Call,
+    quantized: Quantized,
+    *,
+    opaque: bool = False,
+) -> Program:
+    infos = [fx.info(graph) for graph in quantized.converted.values()]
+    inside = any(known.kept for known in infos)
+    return Program(
+        name,
+        converted,
+        in_qdq,
+        interface.flatten(call.args, call.keywords),
+        interface,
+        one_config(infos),
+        infos[0].method,
+        opaque=opaque or (inside and not name),
+    )
+
+
+@detached_modules()
 def deliver(
     quantized: Quantized,
     captured: Capture,
@@ -202,9 +307,10 @@ def deliver(
     metrics_int8 = evaluate(quantized.module, data) if data else {}
     formats, left_out = resolve_formats(config, method, export)
     parts = _parts(quantized, sample, captured)
+    covered = _coverage(quantized, captured, sample, parts)
+    _check_coverage(covered, config)
     artifacts = write([part.program for part in parts], formats, export.path)
     entries, latency_float = _format_reports(quantized, parts, artifacts, data)
-    covered = _coverage(quantized, captured, sample, parts)
     native = entries[formats[0]]
     resolved = parts[0].program.config
     notes = []
@@ -227,9 +333,14 @@ def deliver(
         artifacts=_paths(artifacts),
         formats=entries,
         formats_left_out=left_out,
+        kept=_kept(quantized),
         float_layers={
             **captured.float_layers,
-            **{row.name: row.reason for row in covered.rows if not row.int8 and row.name not in captured.float_layers},
+            **{
+                row.name: row.reason
+                for row in covered.rows
+                if row.weighted and not row.int8 and row.name not in captured.float_layers
+            },
         },
         fused=_fused(quantized),
         notes=notes,
@@ -302,12 +413,34 @@ def _size_bytes(module: nn.Module) -> int:
     return sum(x.numel() * x.element_size() for x in tensors.values())
 
 
+def _kept(quantized: Quantized) -> dict[str, str]:
+    return {
+        _join(name, kept): reason
+        for name, graph in quantized.converted.items()
+        for kept, reason in fx.info(graph).kept.items()
+    }
+
+
 def _fused(quantized: Quantized) -> list[tuple[str, ...]]:
     return [
         tuple(f"{name}.{member}" if name else member for member in group.members)
         for name, graph in quantized.converted.items()
         for group in fx.info(graph).fused
     ]
+
+
+def _check_coverage(covered: Coverage, config: QuantConfig) -> None:
+    least = 0.5 if config.min_coverage is None else config.min_coverage
+    if covered.share >= least:
+        return
+    missing = sorted((row for row in covered.rows if not row.int8 and row.weighted), key=lambda row: -row.macs)
+    text = (
+        f"{covered.share:.1%} of the multiply-accumulates of layers with weights run in int8, less than {least:.0%}. "
+        f"The largest that stay float: {'; '.join(f'{row.name} ({row.reason})' for row in missing[:5])}."
+    )
+    if config.min_coverage is not None:
+        raise CoverageError(f"{text} Lower QuantConfig(min_coverage=...), or quantize them.")
+    log.warning("%s", text)
 
 
 def _coverage(quantized: Quantized, captured: Capture, sample: Sample, parts: list[_Part]) -> Coverage:
@@ -325,6 +458,11 @@ def _coverage(quantized: Quantized, captured: Capture, sample: Sample, parts: li
         for child, part in quantized.module.named_modules()
         if part is graph
     }
+    known = {
+        _join(name, layer): reason
+        for name, graph in quantized.converted.items()
+        for layer, reason in fx.info(graph).float_layers.items()
+    }
     renamed = []
     for row in found.rows:
         name = row.name
@@ -332,6 +470,6 @@ def _coverage(quantized: Quantized, captured: Capture, sample: Sample, parts: li
             if name == place or name.startswith(place + "."):
                 inner = name[len(place) + 1 :]
                 name = ".".join(x for x in (target, "" if inner == LAYER else inner) if x) or "forward"
-        reason = row.reason if row.int8 else captured.float_layers.get(name, row.reason)
-        renamed.append(type(row)(name, row.op, row.macs, row.int8, reason))
+        reason = row.reason if row.int8 else known.get(name, captured.float_layers.get(name, row.reason))
+        renamed.append(replace(row, name=name, reason=reason))
     return Coverage(tuple(renamed))

@@ -48,10 +48,12 @@ class ToGraph:
         """The graph's output."""
         data = self.interface.flatten(args, kwargs)
         if not self.on_cpu:
-            return self.graph(*data)
+            return self.interface.restore(self.graph(*data))
         devices = {x.device for x in tree_flatten(data)[0] if isinstance(x, torch.Tensor)}
         output = self.graph(*_to(data, torch.device("cpu")))
-        return output if devices == {torch.device("cpu")} or not devices else _to(output, devices.pop())
+        if devices and devices != {torch.device("cpu")}:
+            output = _to(output, devices.pop())
+        return self.interface.restore(output)
 
 
 class Observed:
@@ -105,14 +107,32 @@ def graft(module: nn.Module, graph: nn.Module, interface: Interface, replaced: t
         interface: Which arguments are data.
         replaced: Names of the submodules, parameters and buffers of ``module`` that ``graph`` stands for.
     """
+    imitation = nn.Module()
+    imitate(imitation, module)
     for name in replaced:
         _take_out(module, name)
+    for name in ("weight", "bias"):
+        if name in imitation.__dict__ and name not in module._parameters:
+            module.__dict__[name] = imitation.__dict__[name]
     name = _CHILD
     while name in module._modules:
         name += "_"
     module.add_module(name, graph)
     plain_train(module)
     divert(module, ToGraph(graph, interface, on_cpu=True))
+
+
+def imitate(stand_in: nn.Module, module: nn.Module) -> None:
+    """Give ``stand_in`` the attributes ``weight`` and ``bias`` of a layer, without their values.
+
+    Models ask for the type and the shape of a layer's weight (``x.to(self.fc.weight.dtype)``). Who computes with what
+    stands here gets NaN.
+    """
+    for name in ("weight", "bias"):
+        tensor = module._parameters.get(name)
+        if tensor is not None and tensor.is_floating_point():
+            empty = torch.full((), float("nan"), dtype=tensor.dtype)
+            stand_in.__dict__[name] = empty.expand(tensor.shape)
 
 
 def plain_train(module: nn.Module) -> None:

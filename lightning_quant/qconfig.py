@@ -125,6 +125,13 @@ def _weight(config: QuantConfig, method: Method, *, per_tensor: bool) -> Any:
     return (moving if spec.observer == "moving_average" else exact).with_args(**shared)
 
 
+def layer_qconfig(config: QuantConfig, method: Method, kind: type[nn.Module]) -> QConfig:
+    """What a layer of this type gets, with ``static`` or ``qat``. ``config`` is resolved."""
+    # no int8 kernel takes per-channel weights of a transposed convolution (pytorch/pytorch#47535)
+    weight = _weight(config, method, per_tensor=kind in CONV_TRANSPOSES)
+    return QConfig(activation=_activation(config, method), weight=weight)
+
+
 def qconfig_mapping(config: QuantConfig, method: Method) -> QConfigMapping:
     """The mapping that :func:`torch.ao.quantization.fx.prepare` takes.
 
@@ -146,10 +153,8 @@ def qconfig_mapping(config: QuantConfig, method: Method) -> QConfigMapping:
         return mapping
     stock = get_default_qat_qconfig_mapping if method == "qat" else get_default_qconfig_mapping
     mapping = stock(config.engine)
-    activation = _activation(config, method)
-    mapping.set_global(QConfig(activation=activation, weight=_weight(config, method, per_tensor=False)))
-    # no int8 kernel takes per-channel weights of a transposed convolution (pytorch/pytorch#47535)
-    transposed = QConfig(activation=activation, weight=_weight(config, method, per_tensor=True))
+    mapping.set_global(layer_qconfig(config, method, nn.Linear))
+    transposed = layer_qconfig(config, method, nn.ConvTranspose2d)
     for kind in (*CONV_TRANSPOSES, *CONV_TRANSPOSE_FUNCTIONS):
         mapping.set_object_type(kind, transposed)
     for kind in (nn.Embedding, nn.EmbeddingBag, F.embedding, F.embedding_bag):  # no multiply-accumulates

@@ -54,6 +54,7 @@ class QuantReport:
         float_layers: Layer -> why it stays in float.
         fused: Groups of modules that run as one kernel.
         notes: Remarks for a person.
+        kept: Submodule that runs its own code between the graphs around and inside of it -> why.
     """
 
     method: str
@@ -75,6 +76,7 @@ class QuantReport:
     float_layers: dict[str, str]
     fused: list[tuple[str, ...]]
     notes: list[str] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: paths as text, infinite decibels as ``"inf"``."""
@@ -91,6 +93,9 @@ class QuantReport:
         lines += [f"- `{name}` was not written: {reason}." for name, reason in self.formats_left_out.items()]
         lines += ["", "## Layers in float", ""]
         lines += [f"- `{name}`: {reason}" for name, reason in self.float_layers.items()] or ["None."]
+        if self.kept:
+            lines += ["", "## Parts that run their own code", ""]
+            lines += [f"- `{name}`: {reason}" for name, reason in self.kept.items()]
         lines += ["", "## Fused groups", ""]
         lines += [f"- {' + '.join(f'`{m}`' for m in group)}" for group in self.fused] or ["None."]
         if self.notes:
@@ -144,6 +149,8 @@ class QuantReport:
                 console.print(table)
         for name, reason in self.float_layers.items():
             console.print(f"float: {name} ({reason})", markup=False)
+        for name, reason in self.kept.items():
+            console.print(f"runs its own code: {name} ({reason})", markup=False)
         for note in [*(f"{n} was not written: {r}" for n, r in self.formats_left_out.items()), *self.notes]:
             console.print(note, markup=False)
 

@@ -16,6 +16,7 @@ from lightning_quant._torch_ao import quiet
 from lightning_quant.backends.fx import engine
 from lightning_quant.config import cpu_has_vnni
 from lightning_quant.errors import ArtifactError, MissingExtraError
+from lightning_quant.structures import collect
 
 #: What is written into every file. Files of a later version are refused, earlier ones are read.
 FORMAT_VERSION = 1
@@ -84,6 +85,14 @@ class _Loaded(nn.Module):
 
     def _ordered(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         names: list[str] = self.metadata["inputs"]
+        parameters: dict[str, Any] = self.metadata["parameters"]
+        containers = any(not isinstance(x, torch.Tensor) for x in (*args, *kwargs.values()))
+        if containers and len(args) <= len(parameters) and kwargs.keys() <= parameters.keys():
+            given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+            try:
+                return tuple(x for name, part in parameters.items() for x in collect(part, given.get(name)))
+            except KeyError as error:
+                raise ArtifactError(f"this artifact takes {', '.join(names)}; {error} is missing.") from None
         values = {**dict(zip(names, args, strict=False)), **kwargs}
         unknown, missing = [k for k in kwargs if k not in names], [name for name in names if name not in values]
         twice = set(names[: len(args)]) & kwargs.keys()

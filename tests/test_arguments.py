@@ -22,10 +22,10 @@ from lightning_quant.arguments import (
     Interface,
     Positional,
     batch_size,
-    is_data,
     signature_of,
     with_batch,
 )
+from lightning_quant.structures import is_data
 
 Pair = namedtuple("Pair", "a b")  # a tuple that is not called like one
 

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from modules import (
@@ -26,6 +25,7 @@ from modules import (
     val_loader,
     weights,
 )
+from roots import pl
 from torch import nn
 from torch.utils.data import DataLoader
 

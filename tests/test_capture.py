@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -170,9 +169,9 @@ def test_a_setting_in_the_call_is_kept_in_it() -> None:
     assert found.targets[0].call.keywords["double"] is True
 
 
-@dataclass
 class Batch:
-    x: torch.Tensor
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
 
 
 def test_data_inside_of_an_object_is_not_taken_for_a_setting() -> None:

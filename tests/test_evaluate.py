@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import torch
 from modules import (
     RAW_MAX,
@@ -24,6 +23,7 @@ from modules import (
     val_loader,
     weights,
 )
+from roots import pl
 from torch import nn
 from torch.utils.data import DataLoader
 

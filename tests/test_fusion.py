@@ -116,7 +116,7 @@ def test_the_groups_of_a_network_in_the_order_of_the_data(method: Method) -> Non
         ((nn.Linear(4, 4), nn.BatchNorm1d(4)), (8, 4), ["0 + 1"]),
         ((nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4), nn.ReLU()), (8, 4, 6), ["0 + 1 + 2"]),
         ((nn.Conv3d(2, 2, 1), nn.BatchNorm3d(2), nn.ReLU()), (8, 2, 3, 3, 3), ["0 + 1 + 2"]),
-        ((nn.ConvTranspose2d(3, 4, 2), nn.Identity(), nn.BatchNorm2d(4)), (8, 3, 4, 4), []),
+        ((nn.ConvTranspose2d(3, 4, 2), nn.Dropout(), nn.BatchNorm2d(4)), (8, 3, 4, 4), []),
     ],
     ids=["linear-relu", "linear-bn", "conv1d", "conv3d", "transposed with something in between"],
 )

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from modules import (
@@ -33,6 +32,7 @@ from modules import (
     val_loader,
     weights,
 )
+from roots import pl
 from torch.utils.data import (
     BatchSampler,
     DataLoader,

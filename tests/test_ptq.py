@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from modules import (
@@ -37,8 +36,7 @@ from modules import (
     val_loader,
     weights,
 )
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
-from pytorch_lightning.loggers import CSVLogger
+from roots import part, pl
 from torch import nn
 
 from lightning_quant import (
@@ -47,6 +45,10 @@ from lightning_quant import (
     PostTrainingQuantization,
     load,
 )
+
+EarlyStopping = part("callbacks").EarlyStopping
+ModelCheckpoint = part("callbacks").ModelCheckpoint
+CSVLogger = part("loggers").CSVLogger
 
 
 @pytest.mark.parametrize("entry", ["validate", "fit"])

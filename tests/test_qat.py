@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import torch
 from modules import (
     Augmented,
@@ -34,12 +33,16 @@ from modules import (
     val_loader,
     weights,
 )
-from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
-from pytorch_lightning.tuner import Tuner
+from roots import part, pl
 from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_quant import ConfigError, ExportError, QuantConfig, QuantizationAwareTraining, load
+
+EMAWeightAveraging = part("callbacks").EMAWeightAveraging
+ModelCheckpoint = part("callbacks").ModelCheckpoint
+StochasticWeightAveraging = part("callbacks").StochasticWeightAveraging
+Tuner = part("tuner").Tuner
 
 # a run that resumes into another folder
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")

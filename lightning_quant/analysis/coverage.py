@@ -29,6 +29,7 @@ class LayerRow:
         macs: Multiply-accumulates for the example inputs.
         int8: Whether it ran in int8.
         reason: Why not, where that is known.
+        weighted: Whether it has weights. A product of two activations (attention) has none, and counts for no share.
     """
 
     name: str
@@ -36,6 +37,7 @@ class LayerRow:
     macs: int
     int8: bool
     reason: str = ""
+    weighted: bool = True
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class Coverage:
     @property
     def share(self) -> float:
         """Multiply-accumulates in int8 over all of them, 0 to 1; 0 for a model without layers with weights."""
-        total = sum(row.macs for row in self.rows)
-        return sum(row.macs for row in self.rows if row.int8) / total if total else 0.0
+        total = sum(row.macs for row in self.rows if row.weighted)
+        return sum(row.macs for row in self.rows if row.int8 and row.weighted) / total if total else 0.0
 
 
 def coverage(
@@ -80,9 +82,11 @@ def coverage(
             run()
     reasons = reasons or {}
     rows = []
-    for name, op, macs, int8 in names.recurrent + counter.found:
+    for name, op, macs, int8, weighted in [(*row, True) for row in names.recurrent] + counter.found:
         reason = "" if int8 else next((r for n, r in reasons.items() if name == n or name.startswith(n + ".")), "")
-        rows.append(LayerRow(name, op, macs, int8, reason or ("" if int8 else "no int8 kernel was placed for it")))
+        if not reason and not int8:
+            reason = "no int8 kernel was placed for it" if weighted else "a product of two activations: float by design"
+        rows.append(LayerRow(name, op, macs, int8, reason, weighted))
     return Coverage(tuple(rows))
 
 
@@ -161,7 +165,7 @@ class _Counter(TorchDispatchMode):
         self.names = names
         tensors = (*model.parameters(), *model.buffers())
         self.weights = {x.untyped_storage().data_ptr() for x in tensors if not x.is_quantized}
-        self.found: list[tuple[str, str, int, bool]] = []
+        self.found: list[tuple[str, str, int, bool, bool]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
@@ -171,23 +175,39 @@ class _Counter(TorchDispatchMode):
         return output
 
 
-def _macs(func: Any, args: tuple[Any, ...], output: Any, weights: set[int]) -> tuple[int, bool] | None:
-    """``(multiply-accumulates, int8)`` of one operator with weights, or None for any other."""
+_ATTENTION = (
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_attention_math_for_mps",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+)
+
+
+def _macs(func: Any, args: tuple[Any, ...], output: Any, weights: set[int]) -> tuple[int, bool, bool] | None:
+    """``(multiply-accumulates, int8, with weights)`` of one product, or None for any other operator."""
     name = func._schema.name
     if name.startswith(("quantized::conv", "quantized::linear")) and not name.endswith(("prepack", "unpack")):
         weight = args[1].unpack()[0]
         moved = args[0] if "transpose" in name else output
-        return moved.numel() * math.prod(weight.shape[1:]), True
+        return moved.numel() * math.prod(weight.shape[1:]), True, True
     if name.startswith("onednn::q"):
-        return output.numel() * math.prod(args[3].shape[1:]), True
+        return output.numel() * math.prod(args[3].shape[1:]), True, True
     if func in (_ATEN.convolution.default, _ATEN.mkldnn_convolution.default):
         weight = args[1]
         transposed = bool(args[6]) if func is _ATEN.convolution.default else False
         # a transposed weight is (in, out / groups, ...): each input meets out / groups * prod(kernel) of it
-        return (args[0] if transposed else output).numel() * math.prod(weight.shape[1:]), False
+        return (args[0] if transposed else output).numel() * math.prod(weight.shape[1:]), False, True
     if func in (_ATEN.addmm.default, _ATEN.mm.default, _ATEN.linear.default):
         weight = args[2] if func is _ATEN.addmm.default else args[1]
-        # a product of two activations has no layer
-        if weight.untyped_storage().data_ptr() in weights:
-            return output.numel() * weight.shape[1 if func is _ATEN.linear.default else 0], False
+        stored = weight.untyped_storage().data_ptr() in weights
+        return output.numel() * weight.shape[1 if func is _ATEN.linear.default else 0], False, stored
+    if name in ("aten::bmm", "aten::baddbmm"):
+        return output.numel() * args[-1].shape[1], False, args[-1].untyped_storage().data_ptr() in weights
+    if name == "aten::_trilinear":  # nn.Bilinear: (rows, 1, in1, 1) by (1, out, in1, in2) by (rows, 1, 1, in2)
+        return output.numel() * args[1].shape[-2] * args[1].shape[-1], False, True
+    if name in _ATTENTION:
+        query, key, value = args[:3]
+        # scores and their product with the values
+        return query[..., 0].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1]), False, False
     return None

@@ -7,16 +7,18 @@ The functions here do a whole model: they find its targets and put each graph wh
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from lightning_quant.arguments import Call, Captured
+from lightning_quant.arguments import Call, Captured, Interface
 from lightning_quant.backends import fx
 from lightning_quant.capture import Capture, detached, find_targets, record_calls
 from lightning_quant.config import Method, QuantConfig, check_method, resolve
 from lightning_quant.errors import CaptureError, ConfigError
+from lightning_quant.placement import imitate
 
 
 def as_call(example_inputs: Any) -> Call:
@@ -41,8 +43,8 @@ def prepare(model: nn.Module, config: QuantConfig | None = None, *, method: Meth
         example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments of ``model.forward``.
 
     Returns:
-        A graph that takes the data among the arguments, by position, if ``model`` can be captured as a whole; else a
-        copy of ``model`` in which the largest submodules that can be captured are graphs.
+        A graph that takes the data among the arguments, by position or name, if the forward of ``model`` can be
+        captured; else a copy of ``model`` in which the largest submodules that can be captured are graphs.
 
     Raises:
         ConfigError: The backend cannot do ``method``, or a pattern of the config matches nothing.
@@ -58,16 +60,41 @@ def prepare(model: nn.Module, config: QuantConfig | None = None, *, method: Meth
     call = as_call(example_inputs)
     recordings = record_calls(model, lambda twin: twin(*call.args, **call.keywords))
     capture = capture_targets(model, recordings, config, method)
-    if [target.name for target in capture.targets] == [""]:
-        return prepare_target(model, capture, capture.targets[0].name, config, method)
     memo: dict[int, Any] = {id(p): p for p in model.parameters()} if method == "qat" else {}
     twin = copy.deepcopy(model, memo)
     twin.train(method == "qat")
-    for target in capture.targets:
-        parent, _, child = target.name.rpartition(".")
-        graph = prepare_target(model, capture, target.name, config, method)
-        setattr(twin.get_submodule(parent), child, Captured(graph, fx.info(graph).interface))
-    return twin
+    graphs = {target.name: prepare_target(model, capture, target.name, config, method) for target in capture.targets}
+    return assemble(twin, graphs, {name: fx.info(graph) for name, graph in graphs.items()})
+
+
+def inner_first(names: Iterable[str]) -> list[str]:
+    """Names of submodules, each before those that it is inside of."""
+    return sorted(names, key=lambda name: name.count(".") + bool(name), reverse=True)
+
+
+def assemble(model: nn.Module, graphs: Mapping[str, nn.Module], infos: Mapping[str, fx.Prepared]) -> nn.Module:
+    """Put graphs into ``model``, which is changed in place, in the places of the submodules that they stand for.
+
+    What the graph of a target keeps is taken from ``model`` too, with the graphs inside it.
+
+    Args:
+        model: Float, of the structure that the targets were captured from.
+        graphs: Target name -> its graph.
+        infos: Target name -> what is known of it.
+
+    Returns:
+        ``model``; or the graph of the target ``""``, which stands for all of it: bare, if it takes and returns what
+        the forward of ``model`` does.
+    """
+    # the inner ones first: they are inside of what the outer ones keep
+    for name in inner_first(graphs):
+        graph, known = graphs[name], infos[name]
+        for kept in known.kept:
+            fx.put(graph, kept, model.get_submodule(f"{name}.{kept}" if name else kept))
+        if not name:
+            return graph if known.interface.is_plain else Captured(graph, known.interface)
+        fx.put(model, name, stand_in(graph, known.interface, model.get_submodule(name)))
+    return model
 
 
 def capture_targets(
@@ -104,28 +131,49 @@ def convert(prepared: nn.Module, config: QuantConfig | None = None) -> nn.Module
         CaptureError: ``prepared`` does not come from :func:`prepare`.
         CalibrationError: An observer saw no data.
     """
-    return _each_graph(prepared, config, fx.convert)
+    return each_graph(prepared, config, fx.convert)
+
+
+def stand_in(graph: nn.Module, interface: Interface, module: nn.Module) -> Captured:
+    """A graph to be called in the place of ``module``, which looks like it to code that asks for ``weight.dtype``."""
+    captured = Captured(graph, interface)
+    imitate(captured, module)
+    return captured
 
 
 def reference(prepared: nn.Module, config: QuantConfig | None = None) -> nn.Module:
     """As :func:`convert`, with explicit quantize and dequantize operators around float arithmetic."""
-    return _each_graph(prepared, config, fx.reference)
+    return each_graph(prepared, config, fx.reference)
 
 
-def _each_graph(prepared: nn.Module, config: QuantConfig | None, change: Any) -> nn.Module:
-    if fx.is_graph(prepared):
-        _check_same(prepared, config)
-        changed: nn.Module = change(prepared)
-        return changed
+def each_graph(
+    prepared: nn.Module,
+    config: QuantConfig | None,
+    change: Callable[[Any, dict[str, nn.Module]], nn.Module],
+) -> nn.Module:
+    """A copy of what :func:`prepare` gave, on the CPU in eval mode, with each graph in it changed.
+
+    Args:
+        prepared: Not changed.
+        config: None, or the one that ``prepared`` was prepared with.
+        change: Given a prepared graph, and what stands in the places of the modules that it keeps.
+
+    Raises:
+        ConfigError: ``config`` is another one.
+        CaptureError: ``prepared`` does not come from :func:`prepare`.
+    """
     names = [name for name, module in prepared.named_modules() if fx.is_graph(module)]
     if not names:
         raise CaptureError(f"{type(prepared).__name__} was not made by lightning_quant.prepare: prepare it first.")
     twin = copy.deepcopy(prepared).cpu().eval()
-    for name in names:
-        graph = prepared.get_submodule(name)
+    # the inner ones first: they are inside of what the outer ones keep
+    for name in inner_first(names):
+        graph = twin.get_submodule(name)
         _check_same(graph, config)
-        parent, _, child = name.rpartition(".")
-        setattr(twin.get_submodule(parent), child, change(graph))
+        changed = change(graph, {kept: graph.get_submodule(kept) for kept in fx.info(graph).kept})
+        if not name:
+            return changed
+        fx.put(twin, name, changed)
     return twin
 
 
@@ -134,6 +182,8 @@ def _check_same(graph: nn.Module, config: QuantConfig | None) -> None:
         return
     used = fx.info(graph).config
     given = replace(resolve(config), targets=(), skip=used.skip)
+    if given.engine == "x86":  # it may have been narrowed to the one that works
+        given = replace(given, engine=used.engine)
     if given != used:
         raise ConfigError(
             f"convert was given {given}, but the model was prepared with {used}. Prepare it with the former."

@@ -7,10 +7,9 @@
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,14 +29,17 @@ from lightning_quant._torch_ao import (
     swap_float_functional,
 )
 from lightning_quant.arguments import Call, Interface
-from lightning_quant.backends.tracing import Traced, trace
+from lightning_quant.backends import islands, kernels
+from lightning_quant.backends.tracing import Traced, fold_weights, is_constant, is_layer, trace, value_of
 from lightning_quant.config import Method, QuantConfig, resolve
 from lightning_quant.errors import CalibrationError, CaptureError
 from lightning_quant.fake_quantize import SharedFakeQuantize
 from lightning_quant.fusion import FusedGroup, fuse
-from lightning_quant.qconfig import qconfig_mapping
+from lightning_quant.qconfig import layer_qconfig, qconfig_mapping, weight_range
 
 _META = "lightning_quant"
+#: Where torch.ao is told to find the nodes that stay float. No module has this name.
+_ALONE = "lightning_quant float"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Prepared:
         fused: What runs as one kernel.
         origins: Prepared module -> module of the float model of which it is another view.
         batch_norms: Prepared module that holds a batch norm -> that batch norm in the float model.
+        kept: Submodules that the graph calls as they are -> why. Other graphs may stand inside them.
+        float_layers: Layers with weights that stay float for a reason of their own -> that reason.
     """
 
     config: QuantConfig
@@ -61,6 +65,8 @@ class Prepared:
     fused: tuple[FusedGroup, ...] = ()
     origins: dict[str, str] = field(default_factory=dict)
     batch_norms: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    float_layers: dict[str, str] = field(default_factory=dict)
 
 
 def info(graph_module: nn.Module) -> Prepared:
@@ -98,8 +104,11 @@ def _working(config: QuantConfig) -> Iterator[None]:
         yield
 
 
-def check_traceable(model: nn.Module, call: Call, method: Method) -> None:
+def check_traceable(model: nn.Module, call: Call, method: Method) -> dict[str, str]:
     """Prepare ``model`` and run it once, to see that it can be done.
+
+    Returns:
+        The submodules that the graph has to call as they are -> why.
 
     Raises:
         CaptureError: ``model`` cannot be captured as one graph.
@@ -113,6 +122,7 @@ def check_traceable(model: nn.Module, call: Call, method: Method) -> None:
         raise
     except Exception as error:
         raise CaptureError(f"torch.ao cannot run it with observers: {type(error).__name__}: {error}") from error
+    return info(prepared).kept
 
 
 def _twin(model: nn.Module, *, share: bool) -> nn.Module:
@@ -133,13 +143,21 @@ def prepare(model: nn.Module, config: QuantConfig, method: Method, example: Call
     Raises:
         CaptureError: ``forward`` cannot be traced.
     """
-    config = resolve(config)
+    asked, config = config, resolve(config)
     training = method == "qat"
     twin = _twin(model, share=training)
     twin.train(training)
     with _working(config):
         traced = trace(twin, example, training=training)
-        return _prepare_traced(traced, config, method)
+        narrow: frozenset[str] = frozenset()
+        if method != "dynamic":
+            plan = kernels.plan(traced.graph_module, config, weight_range(config)[1], config.skip)
+            config = kernels.with_engine(config, plan)
+            traced = replace(traced, float_layers=traced.float_layers | plan.float_layers)
+            # who says reduce_range=False may quantize for another machine
+            narrow = plan.narrow if asked.reduce_range is None else narrow
+        with engine(config.engine):
+            return _prepare_traced(traced, config, method, narrow)
 
 
 def _backend_config(method: Method) -> BackendConfig:
@@ -148,14 +166,22 @@ def _backend_config(method: Method) -> BackendConfig:
     return qat_modules.with_own_modules(stock) if method == "qat" else stock
 
 
-def _prepare_traced(traced: Traced, config: QuantConfig, method: Method) -> fx.GraphModule:
+def _prepare_traced(traced: Traced, config: QuantConfig, method: Method, narrow: frozenset[str]) -> fx.GraphModule:
     training = method == "qat"
     backend_config = _backend_config(method)
     mapping = qconfig_mapping(config, method)
+    for name in narrow:
+        kind = type(traced.graph_module.get_submodule(name))
+        mapping.set_module_name(name, layer_qconfig(replace(config, reduce_range=True), method, kind))
     for name in config.skip:
         mapping.set_module_name(name, None)
     for name, origin in traced.origins.items():
         if origin in config.skip:
+            mapping.set_module_name(name, None)
+    # torch.ao looks into modules that no pattern of it matches
+    alone = tuple(f"{name}." for name in (*traced.kept, *traced.float_layers))
+    for name, _ in traced.graph_module.named_modules():
+        if f"{name}.".startswith(alone):
             mapping.set_module_name(name, None)
     swap_float_functional(traced.graph_module)
     attach_node_meta(traced.graph_module)
@@ -164,6 +190,18 @@ def _prepare_traced(traced: Traced, config: QuantConfig, method: Method) -> fx.G
     scopes = dict(traced.scopes)
     for node in graph_module.graph.nodes:
         scopes.setdefault(node.name, ("", nn.Module))
+    if method != "dynamic":
+        out = {name for name, qconfig in mapping.module_name_qconfigs.items() if qconfig is None}
+        floats = islands.float_nodes(graph_module, backend_config, lambda n: _is_left_out(n, scopes, out))
+        for node in graph_module.graph.nodes:
+            scopes.setdefault(node.name, ("", nn.Module))
+        for node in floats:
+            # torch.ao asks for the qconfig of the place in the model: give this node a place of its own
+            place = f"{_ALONE}.{node.name}"
+            scopes[node.name] = (place, nn.Module)
+            mapping.set_module_name(place, None)
+            if node.op == "call_module" and not _is_called_elsewhere(node, floats):
+                mapping.set_module_name(str(node.target), None)
     prepared = prepare_graph(
         graph_module,
         mapping,
@@ -189,9 +227,20 @@ def _prepare_traced(traced: Traced, config: QuantConfig, method: Method) -> fx.G
         fused=groups,
         origins=traced.origins,
         batch_norms={f"{name}.bn": traced.origins.get(norm, norm) for name, norm in norms.items()},
+        kept=traced.kept,
+        float_layers=traced.float_layers,
     )
     prepared.train(training)
     return prepared
+
+
+def _is_called_elsewhere(node: fx.Node, floats: list[fx.Node]) -> bool:
+    return any(other.target == node.target and other not in floats for other in node.graph.nodes)
+
+
+def _is_left_out(node: fx.Node, scopes: dict[str, tuple[str, type]], out: set[str]) -> bool:
+    place = str(node.target) if node.op == "call_module" else scopes.get(node.name, ("",))[0]
+    return any(place == name or place.startswith(name + ".") for name in out)
 
 
 def _count_sharing(prepared: fx.GraphModule) -> None:
@@ -211,10 +260,10 @@ def _observe_weights(prepared: fx.GraphModule) -> None:
                 fake_quantize(module.weight)
         for node in prepared.graph.nodes:
             fed_by = node.args[0] if node.op == "call_module" and node.args else None
-            if isinstance(fed_by, fx.Node) and fed_by.op == "get_attr":
+            if isinstance(fed_by, fx.Node) and is_constant(prepared, fed_by):
                 module = prepared.get_submodule(str(node.target))
                 if isinstance(module, FakeQuantizeBase):
-                    module(operator.attrgetter(str(fed_by.target))(prepared))
+                    module(value_of(prepared, fed_by))
 
 
 def _get(module: nn.Module, name: str) -> nn.Module | None:
@@ -231,6 +280,8 @@ def link(prepared: fx.GraphModule, model: nn.Module) -> None:
     modes are those of the graph. Modules that only the prepared graph has (fake quantizes) stay its own.
     """
     known = info(prepared)
+    for name in known.kept:
+        put(prepared, name, model.get_submodule(name))
     modules = dict(model.named_modules())
     views = {**{name: name for name in modules if name}, **known.origins, **known.batch_norms}
     for name, module in list(prepared.named_modules(remove_duplicate=False)):
@@ -240,12 +291,17 @@ def link(prepared: fx.GraphModule, model: nn.Module) -> None:
         is_leaf = not any(True for _ in module.children())
         is_view = getattr(module, "is_view", False)  # set apart on purpose, with settings of its own
         if type(module) is type(origin) and is_leaf and not is_view and origin is not model:
-            parent, _, child = name.rpartition(".")
-            setattr(prepared.get_submodule(parent), child, origin)
+            put(prepared, name, origin)
             continue
         for registry, theirs in ((module._parameters, origin._parameters), (module._buffers, origin._buffers)):
             for key in registry.keys() & theirs.keys():
                 registry[key] = theirs[key]
+
+
+def put(module: nn.Module, name: str, part: nn.Module) -> None:
+    """Let ``part`` be the submodule ``name`` of ``module``."""
+    parent, _, child = name.rpartition(".")
+    setattr(module.get_submodule(parent), child, part)
 
 
 def own_modules(prepared: fx.GraphModule, model: nn.Module) -> list[nn.Module]:
@@ -255,11 +311,17 @@ def own_modules(prepared: fx.GraphModule, model: nn.Module) -> list[nn.Module]:
 
 
 def observers(prepared: nn.Module) -> dict[str, nn.Module]:
-    """The observers and fake quantizes of a prepared graph by name, activations and weights."""
+    """The observers and fake quantizes of a prepared graph by name, activations and weights.
+
+    Those of graphs inside of the modules that it keeps are not among them.
+    """
+    kept = tuple(f"{name}." for name in info(prepared).kept)
     return {
         name: module
         for name, module in prepared.named_modules()
-        if isinstance(module, (FakeQuantizeBase, ObserverBase)) and not _inside_fake_quantize(prepared, name)
+        if isinstance(module, (FakeQuantizeBase, ObserverBase))
+        and not name.startswith(kept)
+        and not _inside_fake_quantize(prepared, name)
     }
 
 
@@ -284,7 +346,7 @@ def _unseen(prepared: fx.GraphModule) -> list[str]:
     return names
 
 
-def _finished(prepared: fx.GraphModule) -> fx.GraphModule:
+def _finished(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None) -> fx.GraphModule:
     """A copy in eval mode on the CPU, with the weights' ranges those of the weights as they are."""
     known = info(prepared)
     if known.method != "dynamic" and (unseen := _unseen(prepared)):
@@ -293,7 +355,10 @@ def _finished(prepared: fx.GraphModule) -> fx.GraphModule:
             "with. Run the prepared module on calibration data before convert; with the callbacks: the validation "
             "dataloader was empty, or the training ended before quantization began."
         )
-    twin = copy.deepcopy(prepared).cpu().eval()
+    kept = kept or {}
+    # not copied with the rest: they are those of the caller, or hold graphs of their own
+    twin = copy.deepcopy(prepared, {id(prepared.get_submodule(name)): module for name, module in kept.items()})
+    twin.cpu().eval()
     with torch.no_grad():
         module: Any
         for module in twin.modules():
@@ -307,32 +372,81 @@ def _finished(prepared: fx.GraphModule) -> fx.GraphModule:
                 weight = weight * factor.reshape([-1] + [1] * (weight.dim() - 1))
             fake_quantize.enable_observer()
             fake_quantize(weight)
+        _store_computed_weights(twin)
     return twin
 
 
-def convert(prepared: fx.GraphModule) -> fx.GraphModule:
+#: What models ask of a weight besides its values.
+_OF_TENSORS = ("device", "dtype", "shape", "ndim")
+
+
+def _replace_argument(user: fx.Node, node: fx.Node, value: Any) -> None:
+    def replaced(argument: fx.Node) -> Any:
+        return value if argument is node else argument
+
+    user.args, user.kwargs = fx.node.map_arg((user.args, user.kwargs), replaced)
+
+
+def _store_computed_weights(prepared: fx.GraphModule) -> None:
+    """Compute the weights that the graph computes from parameters, and take their ranges as they are now."""
+
+    def is_weight(node: fx.Node) -> bool:
+        if node.op != "call_module":
+            return False
+        if not isinstance(prepared.get_submodule(str(node.target)), FakeQuantizeBase | ObserverBase):
+            return False
+        return any(is_layer(user) and user.args[1:2] == (node,) for user in node.users)
+
+    fold_weights(prepared, is_weight)
+    module: Any
+    for node in prepared.graph.nodes:
+        if is_weight(node):
+            module = prepared.get_submodule(str(node.target))
+            if isinstance(module, FakeQuantizeBase):
+                module.enable_observer()
+                module(value_of(prepared, node.args[0]))
+        elif node.target is getattr and node.args[0].op == "get_attr" and node.args[1] in _OF_TENSORS:
+            # the weight will be packed, and has none of this then; packed weights are on the CPU
+            value = torch.device("cpu") if node.args[1] == "device" else value_of(prepared, node)
+            for user in list(node.users):
+                _replace_argument(user, node, value)
+    for node in reversed(list(prepared.graph.nodes)):
+        if node.target is getattr and not node.users:
+            prepared.graph.erase_node(node)
+    prepared.recompile()
+
+
+def convert(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None) -> fx.GraphModule:
     """The int8 model: torch's own quantized kernels, packed for the engine of the config. ``prepared`` is unchanged.
+
+    Args:
+        prepared: From :func:`prepare`.
+        kept: What stands in the places of the modules that it keeps. Default: copies of them.
 
     Raises:
         CalibrationError: An observer saw no data.
     """
     known = info(prepared)
     with _working(known.config):
-        twin = _finished(prepared)
+        twin = _finished(prepared, kept)
         converted = convert_graph(twin, is_reference=False, backend_config=_backend_config(known.method))
     converted.meta[_META] = known
     return converted.eval()
 
 
-def reference(prepared: fx.GraphModule) -> fx.GraphModule:
+def reference(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None) -> fx.GraphModule:
     """The same model as float arithmetic between quantize and dequantize operators. ``prepared`` is unchanged.
+
+    Args:
+        prepared: From :func:`prepare`.
+        kept: What stands in the places of the modules that it keeps. Default: copies of them.
 
     Raises:
         CalibrationError: An observer saw no data.
     """
     known = info(prepared)
     with _working(known.config):
-        twin = _finished(prepared)
+        twin = _finished(prepared, kept)
         converted = convert_graph(
             twin,
             is_reference=True,

@@ -20,14 +20,16 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, treespec_dumps
 
 from lightning_quant import backends
+from lightning_quant._torch_ao import quiet
 from lightning_quant.analysis.sqnr import float_tensors, sqnr_db
-from lightning_quant.arguments import with_batch
+from lightning_quant.arguments import Captured, Interface, Positional, signature_of, with_batch
 from lightning_quant.backends import fx
 from lightning_quant.config import ExportConfig, FormatName, Method, QuantConfig, resolve_formats
 from lightning_quant.errors import ArtifactError, ConfigError, ExportError, QuantizationError
 from lightning_quant.exporters import onnx, torchscript
 from lightning_quant.exporters.qdq import to_qdq
 from lightning_quant.runtime import FORMAT_VERSION, load
+from lightning_quant.structures import Setting, described
 
 SUFFIXES: dict[str, str] = {"torchscript": "ts", "onnx": "onnx"}
 _EXPORTERS: dict[str, Callable[[nn.Module, tuple[Any, ...], Path, dict[str, Any]], Path]] = {
@@ -49,18 +51,20 @@ class Program:
         converted: With torch's int8 kernels.
         qdq: In the neutral form. Called only if a format needs it.
         data: Real input.
-        inputs: The names of the data.
+        interface: How a call of the model becomes the data.
         config: Resolved.
         method: dynamic, static or qat.
+        opaque: It runs Python code that no trace has seen, and may decide by the data.
     """
 
     name: str
     converted: nn.Module
     qdq: Callable[[], nn.Module]
     data: tuple[Any, ...]
-    inputs: tuple[str, ...]
+    interface: Interface
     config: QuantConfig
     method: Method
+    opaque: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,7 @@ def write(programs: list[Program], formats: tuple[FormatName, ...], directory: P
     try:
         done: list[Artifact] = []
         for program in programs:
+            check_exportable(program)
             qdq = program.qdq() if any(name in _FROM_QDQ for name in formats) else None
             for name in formats:
                 source = program.converted if name not in _FROM_QDQ or qdq is None else qdq
@@ -128,6 +133,26 @@ def write(programs: list[Program], formats: tuple[FormatName, ...], directory: P
         return tuple(moved)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_exportable(program: Program) -> None:
+    """See whether the program decides by its data: a file would have the decisions of the example for good.
+
+    Raises:
+        ExportError: It does, or ``torch.export`` cannot tell.
+    """
+    if not program.opaque:
+        return
+    source = program.qdq() if program.method != "dynamic" else program.converted
+    try:
+        with quiet(), torch.no_grad():
+            torch.export.export(source.eval(), with_batch(program.data, 2), strict=False)
+    except Exception as error:  # torch.export's own errors, and those of the code that it runs
+        reason = str(error).strip().split("\n")[0]
+        raise ExportError(
+            f"{program.name or 'forward'}: a file cannot hold it, because its code decides by the values of its data, "
+            f"or does what torch.export cannot follow: {type(error).__name__}: {reason}"
+        ) from error
 
 
 def _write_one(program: Program, source: nn.Module, name: str, path: Path) -> Artifact:
@@ -157,7 +182,10 @@ def _write_one(program: Program, source: nn.Module, name: str, path: Path) -> Ar
         "method": program.method,
         "config": asdict(program.config),
         "target": program.name,
-        "inputs": list(program.inputs),
+        "inputs": list(program.interface.inputs),
+        "parameters": {
+            name: described(s) for name, s in program.interface.structures.items() if not isinstance(s, Setting)
+        },
         "input_shapes": [list(x.shape) for x in tree_flatten(program.data)[0] if isinstance(x, torch.Tensor)],
         "input_dtypes": [str(x.dtype) for x in tree_flatten(program.data)[0] if isinstance(x, torch.Tensor)],
         "output_spec": output_spec,
@@ -205,9 +233,9 @@ def _version() -> str:
         return "unknown"
 
 
-def qdq(prepared: torch_fx.GraphModule) -> torch_fx.GraphModule:
-    """The neutral form of a prepared graph (:mod:`lightning_quant.exporters.qdq`)."""
-    return to_qdq(fx.reference(prepared))
+def qdq(prepared: torch_fx.GraphModule, kept: dict[str, nn.Module] | None = None) -> torch_fx.GraphModule:
+    """The neutral form of a prepared graph (:mod:`lightning_quant.exporters.qdq`); ``kept`` as for ``fx.reference``."""
+    return to_qdq(fx.reference(prepared, kept))
 
 
 def export(
@@ -231,26 +259,42 @@ def export(
     Raises:
         ConfigError: A format that the backend cannot write, or a folder that cannot be written.
         CalibrationError: An observer saw no data.
-        ExportError: A file computes something else than the model, or the model was captured in parts.
+        ExportError: A file computes something else than the model, or the model does what no file can hold.
     """
     if example_inputs is None:
         raise ConfigError("export(example_inputs=None): give real input; every file is compared with the model on it.")
     export_config = export_config or ExportConfig()
     converted = backends.convert(prepared, config)
-    known = _first_info(converted)
-    formats, _ = resolve_formats(known.config, known.method, export_config)
+    infos = [fx.info(module) for module in converted.modules() if fx.is_graph(module)]
+    formats, _ = resolve_formats(infos[0].config, infos[0].method, export_config)
     call = backends.as_call(example_inputs)
-    if not isinstance(prepared, torch_fx.GraphModule):
-        parts = sorted(name.removesuffix(".graph") for name, m in prepared.named_modules() if fx.is_graph(m))
-        raise ExportError(
-            f"{type(prepared).__name__} could only be captured in parts, and one file holds one graph. Prepare and "
-            f"export each part by itself: {', '.join(parts)}."
-        )
-    interface = known.interface
-    data = interface.flatten(call.args, call.keywords)
-    program = Program("", converted, lambda: qdq(prepared), data, interface.inputs, known.config, known.method)
+    whole = fx.is_graph(converted) or isinstance(converted, Captured)
+    interface = infos[0].interface if whole else Interface.of(signature_of(prepared), call)
+    program = Program(
+        "",
+        _positional(converted, interface),
+        lambda: _positional(backends.each_graph(prepared, config, qdq), interface),
+        interface.flatten(call.args, call.keywords),
+        interface,
+        one_config(infos),
+        infos[0].method,
+        opaque=not whole or any(known.kept for known in infos),
+    )
     return {artifact.format: artifact.path for artifact in write([program], formats, export_config.path)}
 
 
-def _first_info(model: nn.Module) -> fx.Prepared:
-    return next(fx.info(module) for module in model.modules() if fx.is_graph(module))
+def _positional(model: nn.Module, interface: Interface) -> nn.Module:
+    """``model`` as a function of its data by position."""
+    if isinstance(model, Captured):
+        return model.graph
+    return model if fx.is_graph(model) else Positional(model, interface)
+
+
+def one_config(infos: list[fx.Prepared]) -> QuantConfig:
+    """The config of a file that holds several graphs: with the engine that is right for all of them."""
+    engines = {known.config.engine for known in infos}
+    return (
+        next((known.config for known in infos if known.config.engine == "fbgemm"), infos[0].config)
+        if len(engines) > 1
+        else infos[0].config
+    )

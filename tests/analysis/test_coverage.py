@@ -124,12 +124,26 @@ def test_a_packed_sequence_has_only_its_steps() -> None:
 def test_attention() -> None:
     found = coverage(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(3, 5, 8))
     # projections to queries, keys and values, and back; then two linear layers
-    assert sum(row.macs for row in found.rows) == 15 * (3 * 8 * 8 + 8 * 8 + 2 * 8 * 16)
+    assert sum(row.macs for row in found.rows if row.weighted) == 15 * (3 * 8 * 8 + 8 * 8 + 2 * 8 * 16)
+    # scores and their product with the values: 3 samples, 2 heads of 4, 5 positions
+    assert sum(row.macs for row in found.rows if not row.weighted) == 3 * 2 * 5 * 5 * (4 + 4)
 
 
-def test_products_of_activations_are_not_layers() -> None:
-    model = Lambda(lambda self, x: self.fc(x) @ x.t(), fc=nn.Linear(4, 4))
-    assert sum(row.macs for row in coverage(model, torch.randn(3, 4)).rows) == 3 * 16
+def test_bilinear() -> None:
+    found = coverage(nn.Bilinear(3, 4, 5), (torch.randn(2, 3), torch.randn(2, 4)))
+    assert [(row.macs, row.weighted) for row in found.rows] == [(2 * 3 * 4 * 5, True)]
+
+
+@pytest.mark.parametrize("dims", [2, 3, 4])
+def test_products_of_activations_are_rows_of_their_own(dims: int) -> None:
+    model = Lambda(lambda self, x: self.fc(x) @ x.transpose(-1, -2), fc=nn.Linear(4, 4))
+    found = coverage(model, torch.randn(*(2,) * (dims - 2), 3, 4))
+    batch = 2 ** (dims - 2)
+    layer, product = found.rows
+    assert (layer.macs, layer.weighted) == (batch * 3 * 16, True)
+    assert (product.macs, product.weighted) == (batch * 3 * 3 * 4, False)
+    assert product.reason == "a product of two activations: float by design"
+    assert found.share == 0
 
 
 # ---- shares, names and reasons

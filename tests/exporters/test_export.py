@@ -28,6 +28,7 @@ from lightning_quant import (
     load,
     prepare,
 )
+from lightning_quant.backends import each_graph
 from lightning_quant.config import SUPPORT
 from lightning_quant.exporters import MIN_SQNR_DB, check_writable, onnx, qdq
 
@@ -73,6 +74,8 @@ CASES: dict[str, tuple[Any, Any, list[str]]] = {
         ["batch", "pair"],
     ),
 }
+#: A container of several tensors is several inputs of a file.
+FLAT_NAMES = {"containers": ["batch", "pair_0", "pair_1"]}
 
 
 class Exported:
@@ -132,7 +135,7 @@ def test_the_files_of_an_export(exported: Exported) -> None:
 @pytest.mark.parametrize("size", [1, 3, 64])
 def test_a_loaded_file_computes_what_was_exported(exported: Exported, name: str, size: int) -> None:
     loaded = load(exported.paths[name])
-    program = convert(exported.prepared) if name == "torchscript" else qdq(exported.prepared)
+    program = convert(exported.prepared) if name == "torchscript" else each_graph(exported.prepared, None, qdq)
     data = exported.data(size)
     with torch.no_grad():
         expected, actual = program(*data), loaded(*data)
@@ -171,7 +174,8 @@ def test_the_metadata_of_a_file(exported: Exported, name: str) -> None:
     assert metadata["format"] == name
     assert metadata["format_version"] == 1
     assert metadata["method"] == "static"
-    assert metadata["inputs"] == exported.inputs
+    assert metadata["inputs"] == FLAT_NAMES.get(exported.name, exported.inputs)
+    assert list(metadata["parameters"]) == exported.inputs
     assert metadata["input_shapes"] == [list(x.shape) for x in data]
     assert metadata["input_dtypes"] == ["torch.float32"] * len(data)
     assert metadata["torch"] == torch.__version__
@@ -196,10 +200,7 @@ def test_the_onnx_file_is_valid_and_names_its_inputs(exported: Exported) -> None
     onnx_package.checker.check_model(model, full_check=True)
     assert all(value.type.tensor_type.shape.dim[0].dim_param for value in model.graph.input)
     names = [value.name for value in model.graph.input]
-    if exported.name != "containers":
-        assert names == exported.inputs
-    else:
-        assert names == ["batch", "pair_0", "pair_1"]
+    assert names == FLAT_NAMES.get(exported.name, exported.inputs)
 
 
 def test_the_onnx_file_tells_nothing_of_the_machine(convnet: Exported) -> None:
@@ -361,7 +362,7 @@ def test_a_file_that_cannot_be_loaded_is_not_kept(earlier: Path, monkeypatch: py
 Output = collections.namedtuple("Output", "y z")
 
 
-def test_outputs_that_no_file_holds(earlier: Path) -> None:
+def test_a_file_gives_tuples_and_dicts_in_the_place_of_other_containers(tmp_path: Path) -> None:
     class Named(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -370,10 +371,14 @@ def test_outputs_that_no_file_holds(earlier: Path) -> None:
         def forward(self, x: torch.Tensor) -> Output:
             return Output(self.fc(x), x)
 
-    x = torch.randn(8, 4)
-    text = "torchscript export of forward: forward returns Output; return a tuple or a dict."
-    with pytest.raises(ExportError, match=f"^{re.escape(text)}$"):
-        export(calibrated(Named(), x), None, both(earlier), x)
+    model, x = Named(), torch.randn(8, 4)
+    prepared = calibrated(model, x)
+    assert isinstance(prepared(x), Output)
+    assert isinstance(convert(prepared)(x), Output)
+    for path in export(prepared, None, both(tmp_path), x).values():
+        y, z = load(path)(x)
+        assert decibels(model(x).y, y) > 25
+        assert torch.equal(z, x)
 
 
 def test_an_output_of_integers_alone(tmp_path: Path) -> None:
@@ -401,17 +406,32 @@ def test_export_wants_real_input() -> None:
     assert list(Path().iterdir()) == []
 
 
-def test_a_model_in_parts_is_exported_part_by_part() -> None:
+def test_a_model_that_decides_by_its_data_has_no_file() -> None:
     x = torch.randn(8, 4).abs()
-    model = Branching()
-    prepared = prepare(model, method="static", example_inputs=x)
+    prepared = prepare(Branching(), method="static", example_inputs=x)
     prepared(x)
-    text = (
-        "Branching could only be captured in parts, and one file holds one graph. Prepare and export each part by "
-        "itself: up."
-    )
-    with pytest.raises(ExportError, match=f"^{re.escape(text)}$"):
+    text = "forward: a file cannot hold it, because its code decides by the values of its data, or does what "
+    with pytest.raises(ExportError, match=f"^{re.escape(text)}"):
         export(prepared, None, None, x)
+
+
+def test_a_model_that_decides_by_its_sizes_has_one(tmp_path: Path) -> None:
+    class BySize(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = Mlp(), nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x)
+            if x.shape[-1] == 3:
+                x = torch.relu(x)
+            return self.head(x)
+
+    model, x = BySize(), torch.randn(8, 4)
+    prepared = calibrated(model, x)
+    assert not isinstance(prepared, torch.fx.GraphModule)  # torch.fx cannot follow the branch
+    for path in export(prepared, None, both(tmp_path), x).values():
+        assert decibels(model(x), load(path)(x)) > 25
 
 
 def test_export_wants_a_calibrated_model() -> None:
