@@ -59,11 +59,13 @@ class Interface:
         structures: Parameter -> where its data is, and the values that are no data. Each of ``*args`` is called
             ``args_0`` and so on, each of ``**kwargs`` by its key.
         returns: How the module's output is built from what the graph returns; None: they are the same.
+        owner: Name of the module, for messages; ``""`` for the model itself.
     """
 
     signature: inspect.Signature
     structures: dict[str, Structure]
     returns: Shape | None = None
+    owner: str = ""
 
     @classmethod
     def of(cls, signature: inspect.Signature, call: Call) -> Interface:
@@ -113,7 +115,7 @@ class Interface:
             if missing:
                 raise Mismatch(missing[0], self.structures[missing[0]], None)
         except Mismatch as error:
-            raise CaptureError(_refusal(error)) from None
+            raise CaptureError(_refusal(error, f"{self.owner}.forward" if self.owner else "forward")) from None
         return tuple(data)
 
     def rebuild(self, data: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -151,23 +153,24 @@ class Interface:
         return output if self.returns is None else self.returns.restore(output)
 
 
-def _refusal(error: Mismatch) -> str:
+def _refusal(error: Mismatch, forward: str) -> str:
     remedy = "or leave this submodule in float with QuantConfig(skip=...)."
     if isinstance(error.expected, Leaf):
         return (
-            f"forward was captured with a tensor for {error.name!r} and is called without one. Call it with the same "
+            f"{forward} was captured with a tensor for {error.name!r} and is called without one. Call it with the same "
             f"arguments, {remedy}"
         )
     if not isinstance(error.expected, Setting):
-        how = f"with a {error.expected.type.__name__} of {', '.join(map(str, error.expected.keys))} for {error.name!r}"
+        parts = ", ".join(map(str, error.expected.keys))
+        how = f"with a {error.expected.type.__name__} of {parts} for {error.name!r}"
         return (
-            f"forward was captured {how} and is called with {error.name}={_brief(error.value)}. Call it with the same "
-            f"arguments, {remedy}"
+            f"{forward} was captured {how} and is called with {error.name}={_brief(error.value)}. Call it with the "
+            f"same arguments, {remedy}"
         )
     known = error.expected.value is not inspect.Parameter.empty
     how = f"with {error.name}={error.expected.value!r}" if known else f"without {error.name}"
     return (
-        f"forward was captured {how} and is called with {error.name}={_brief(error.value)}. An int8 graph has the "
+        f"{forward} was captured {how} and is called with {error.name}={_brief(error.value)}. An int8 graph has the "
         f"settings of the call that it was captured from: call it in that way, {remedy}"
     )
 

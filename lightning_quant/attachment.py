@@ -14,7 +14,7 @@ from torch import fx as torch_fx
 from torch import nn
 
 from lightning_quant.backends import fx
-from lightning_quant.placement import ToGraph, divert, restore
+from lightning_quant.placement import ToGraph, divert, is_compiled, restore, uncompile
 
 CHILD = "_lightning_quant"
 
@@ -34,6 +34,9 @@ class Attached(nn.Module):
         self.__dict__["own"] = [
             module for name, graph in graphs.items() for module in fx.own_modules(graph, model.get_submodule(name))
         ]
+        self.__dict__["followers"] = [
+            pair for name, graph in graphs.items() for pair in fx.followers(graph, model.get_submodule(name))
+        ]
         self.register_load_state_dict_post_hook(_expect_nothing)
 
     def named(self) -> dict[str, torch_fx.GraphModule]:
@@ -48,7 +51,13 @@ class Attached(nn.Module):
         self.training = mode
         for module in self.__dict__["own"]:
             module.training = mode
+        self.follow()
         return self
+
+    def follow(self) -> None:
+        """Let batch norms that stand for one of the model have the mode that the model gave that one."""
+        for module, original in self.__dict__["followers"]:
+            module.training = original.training
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Nothing: weights are in the model, observers are stored beside its ``state_dict``."""
@@ -104,6 +113,12 @@ def run_quantized(model: nn.Module, enabled: bool) -> None:
     attached = attached_to(model)
     if attached is None:
         return
+    if enabled:
+        uncompile(model)
+    else:
+        for module in model.modules():
+            if is_compiled(module):
+                restore(module)
     for name, graph in attached.named().items():
         target = model.get_submodule(name)
         if enabled:

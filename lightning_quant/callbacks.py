@@ -118,7 +118,12 @@ class _Base(Callback):
     def _capture(self, trainer: Any, pl_module: Any) -> tuple[Sample, Capture]:
         # Lightning runs configure_model with the accelerator as default device; copies are traced on the CPU
         with isolated_rng(), torch.device("cpu"):
-            self._sample = sample(trainer, pl_module, needs_validation=self.method == "static")
+            self._sample = sample(
+                trainer,
+                pl_module,
+                needs_validation=self.method == "static",
+                trains_quantized=self.method == "qat" and trainer.state.fn.value == "fit",
+            )
             self._captured = capture(pl_module, self._sample, self.config, self.method)
         _check_dtypes(pl_module, self._captured)
         return self._sample, self._captured
@@ -403,6 +408,8 @@ class QuantizationAwareTraining(_Base):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Frozen batch norms stay frozen whoever called ``train()`` in between."""
+        if (attached := attached_to(pl_module)) is not None:
+            attached.follow()
         if self._phase is not None and not self._phase.update_batch_norm:
             for graph in self._graphs(pl_module).values():
                 self._frozen += freeze_batch_norm(graph)

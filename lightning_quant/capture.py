@@ -12,17 +12,20 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_map
 from torchmetrics import Metric
 
 from lightning_quant.arguments import Call, Interface, signature_of
 from lightning_quant.config import Method, near
 from lightning_quant.errors import CaptureError, ConfigError
+from lightning_quant.placement import is_compiled
 from lightning_quant.qconfig import QUANTIZABLE, WEIGHTED
+from lightning_quant.structures import settings
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,18 @@ class Recording:
     ways: tuple[str, ...] = ("",)
 
 
+class Found(Protocol):
+    """What a backend finds out by trying a submodule."""
+
+    @property
+    def kept(self) -> dict[str, str]:
+        """Submodules that a graph would call as they are -> why."""
+
+    @property
+    def between(self) -> bool:
+        """Whether operators between layers can run in int8."""
+
+
 @dataclass(frozen=True)
 class Target:
     """A submodule to quantize as one graph.
@@ -48,11 +63,13 @@ class Target:
         name: ``""`` for the forward of the model itself.
         call: One call of it.
         kept: Names, relative to it, of the submodules that its graph calls as they are -> why. Targets may be inside.
+        between: Operators between its layers can run in int8.
     """
 
     name: str
     call: Call
     kept: dict[str, str] = field(default_factory=dict)
+    between: bool = True
 
     @property
     def label(self) -> str:
@@ -74,6 +91,10 @@ class Capture:
             return tuple(sorted(self.skipped))
         prefix = target.name + "."
         return tuple(sorted(name.removeprefix(prefix) for name in self.skipped if name.startswith(prefix)))
+
+
+#: The attribute of an exception that names the innermost submodule that raised it.
+FAILED_IN = "_lightning_quant_failed_in"
 
 
 def detached(value: Any) -> Any:
@@ -122,7 +143,8 @@ def _way(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> st
         interface = Interface.of(signature_of(module), Call(args, kwargs))
     except (CaptureError, TypeError):  # no target anyway: it takes what a graph cannot
         return ""
-    return ", ".join([*interface.inputs, *(f"{name}={value!r}" for name, value in interface.constants.items())])
+    fixed = [pair for name, structure in interface.structures.items() for pair in settings(structure, name)]
+    return ", ".join([*interface.inputs, *(f"{name}={value!r}" for name, value in fixed)])
 
 
 def _watch(
@@ -132,12 +154,16 @@ def _watch(
     leave: Callable[[], object],
 ) -> None:
     """Call ``enter`` and ``leave`` around ``module.forward``, also where user code calls ``forward`` itself."""
-    original = module.forward
+    original: Any = module._orig_mod if is_compiled(module) else module.forward
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         enter(name, args, kwargs)
         try:
             return original(*args, **kwargs)
+        except Exception as error:
+            if not hasattr(error, FAILED_IN):
+                setattr(error, FAILED_IN, name)
+            raise
         finally:
             leave()
 
@@ -201,7 +227,7 @@ def _own_weights(module: nn.Module, kept: Collection[str] = ()) -> bool:
 def find_targets(
     model: nn.Module,
     recordings: dict[str, Recording],
-    trace: Callable[[nn.Module, Call], dict[str, str]],
+    trace: Callable[[nn.Module, Call], Found],
     *,
     method: Method,
     targets: tuple[str, ...] = (),
@@ -228,7 +254,7 @@ def find_targets(
         ConfigError: A pattern matches nothing.
         CaptureError: Nothing that can be quantized was found.
     """
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     skipped = matching(skip, modules, "skip")
     skipped |= {name for name in modules if any(name.startswith(s + ".") for s in skipped)}
     wanted = matching(targets, modules, "targets")
@@ -240,19 +266,23 @@ def find_targets(
         allowed = allowed or name in wanted
         if is_left_alone(module) or name in skipped:
             return
+        if name in copies and name not in wanted:
+            obstacles[name] = copies[name]
+            reasons.update({layer: copies[name] for layer in weight_layers(module, name)})
+            return
         layers = [layer for layer in weight_layers(module, name) if layer not in skipped]
         if not any(isinstance(modules[layer], kinds) for layer in layers) and not _own_weights(module):
             return
         if allowed and not (not name and prefer_children and not _own_layers(module)):
             result = _attempt(name, module, layers, recordings, trace)
             if not isinstance(result, str):
-                target = Target(name, recordings[name].call, result)
+                target = Target(name, recordings[name].call, result.kept, result.between)
                 own = [layer for layer in layers if not _is_kept(layer, target)]
-                if any(isinstance(modules[layer], kinds) for layer in own) or _own_weights(module, result):
+                if any(isinstance(modules[layer], kinds) for layer in own) or _own_weights(module, result.kept):
                     found.append(target)
-                for kept in result:
+                for kept, reason in result.kept.items():
                     inside = _join(name, kept)
-                    reasons.setdefault(inside, result[kept])
+                    reasons.setdefault(inside, reason)
                     visit_children(inside, modules[inside])
                 return
             obstacles[name] = result
@@ -264,6 +294,7 @@ def find_targets(
             visit(_join(name, child_name), child, allowed)
 
     obstacles: dict[str, str] = {}
+    copies = _copies(model, recordings) if prefer_children else {}
     visit("", model, not wanted)
     if not found:
         known = {**obstacles, **dict(sorted(reasons.items()))}
@@ -283,6 +314,28 @@ def find_targets(
     )
 
 
+def _copies(model: nn.Module, recordings: dict[str, Recording]) -> dict[str, str]:
+    """Children of a LightningModule that are held beside what is trained: teachers, and averages of its weights."""
+    found: dict[str, str] = {}
+    children = dict(model.named_children())
+    trained = [child for child in children.values() if any(p.requires_grad for p in child.parameters())]
+    for name, child in children.items():
+        if isinstance(child, AveragedModel):
+            found[name] = "an average of weights that are held elsewhere; name it in 'targets' to quantize it"
+        if not trained or child in trained or not any(True for _ in child.parameters()):
+            continue
+        shapes = {key: x.shape for key, x in child.state_dict().items()}
+        twin = any({k: x.shape for k, x in other.state_dict().items()} == shapes for other in trained)
+        seen = recordings.get(name)
+        apart = "" in recordings and seen is not None and not any("" in stack for stack in seen.within)
+        if twin or apart:
+            found[name] = (
+                f"frozen, and {'a copy of what is trained' if twin else 'not part of forward'}: a teacher or an "
+                "average; name it in 'targets' to quantize it"
+            )
+    return found
+
+
 def _join(name: str, child: str) -> str:
     return f"{name}.{child}" if name else child
 
@@ -296,9 +349,11 @@ def _attempt(
     module: nn.Module,
     layers: list[str],
     recordings: dict[str, Recording],
-    trace: Callable[[nn.Module, Call], dict[str, str]],
-) -> dict[str, str] | str:
+    trace: Callable[[nn.Module, Call], Found],
+) -> Found | str:
     """What a graph in the place of ``module`` calls as it is, or why there cannot be one."""
+    if is_compiled(module):
+        return "it is compiled: what it was compiled from is quantized"
     if name not in recordings:
         return "its forward is never called by the validation step"
     for layer in layers:

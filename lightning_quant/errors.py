@@ -1,5 +1,9 @@
 """What can go wrong, by the moment at which it is found."""
 
+from __future__ import annotations
+
+import os
+
 
 class QuantizationError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -37,3 +41,19 @@ class MissingExtraError(QuantizationError, ImportError):
             f"{purpose} needs the package {package!r}, which is not installed. "
             f"Install it with: pip install 'lightning-quant[{extra}]'"
         )
+
+
+_PACKAGE = os.path.dirname(__file__) + os.sep
+
+
+def where(error: BaseException) -> str:
+    """``"file.py:12: "``: the last line of the user's code in the traceback, or nothing."""
+    found = ""
+    step = error.__traceback__
+    while step is not None:
+        filename = step.tb_frame.f_code.co_filename
+        ours = filename.startswith(_PACKAGE) or f"{os.sep}torch{os.sep}" in filename
+        if not ours and not filename.startswith("<"):
+            found = f"{filename}:{step.tb_lineno}: "
+        step = step.tb_next
+    return found

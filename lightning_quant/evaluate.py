@@ -18,7 +18,7 @@ from typing import Any
 from lightning_quant._roots import root_of
 from lightning_quant.attachment import detach, unbind
 from lightning_quant.errors import CalibrationError
-from lightning_quant.placement import restore
+from lightning_quant.placement import restore, uncompile
 
 #: Hooks that build or tear down the user's module: the copy is built already, and building it again would undo what was
 #: put in (``setup`` that makes the layers, ``configure_callbacks`` that brings our own callback again).
@@ -67,6 +67,7 @@ def copy_of(module: Any) -> Any:
     unbind(twin)
     for part in twin.modules():
         restore(part)
+    uncompile(twin)
     return twin.cpu().eval()
 
 

@@ -11,7 +11,7 @@ import copy
 import inspect
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_quant._roots import root_of
 from lightning_quant.arguments import Call
-from lightning_quant.capture import Recording, detached, record_calls
-from lightning_quant.errors import CalibrationError, CaptureError
+from lightning_quant.capture import FAILED_IN, Recording, detached, record_calls
+from lightning_quant.errors import CalibrationError, CaptureError, where
 from lightning_quant.evaluate import ValidationData, copy_of, evaluate
 
 
@@ -42,13 +42,14 @@ class Sample:
     data: ValidationData | None
 
 
-def sample(trainer: Any, module: Any, *, needs_validation: bool = False) -> Sample:
+def sample(trainer: Any, module: Any, *, needs_validation: bool = False, trains_quantized: bool = False) -> Sample:
     """Record one batch.
 
     Args:
         trainer: In ``setup`` or later, of ``fit``, ``validate`` or ``test``.
         module: The user's LightningModule. Not changed: a copy runs.
         needs_validation: An empty val dataloader is an error.
+        trains_quantized: Graphs will run in ``training_step`` as well.
 
     Raises:
         CalibrationError: ``needs_validation``, and the val dataloader is empty.
@@ -62,9 +63,10 @@ def sample(trainer: Any, module: Any, *, needs_validation: bool = False) -> Samp
         if fn != "test" and trainer.limit_val_batches != 0 and _overridden(root, "validation_step", module):
             data = _first_validation_batches(trainer, val_loop._data_source, needs_validation)
             if data is not None:
-                return Sample(
-                    _record(module, "validation_step", lambda twin: evaluate(twin, data)), "validation_step", data
-                )
+                recordings = _record(module, "validation_step", lambda twin: evaluate(twin, data))
+                if trains_quantized:
+                    recordings = _with_training(trainer, module, recordings)
+                return Sample(recordings, "validation_step", data)
         for stage, step, source in (
             ("fit", "training_step", trainer.fit_loop._data_source),
             ("test", "test_step", trainer.test_loop._data_source),
@@ -90,6 +92,21 @@ def sample(trainer: Any, module: Any, *, needs_validation: bool = False) -> Samp
     )
 
 
+def _with_training(trainer: Any, module: Any, recordings: dict[str, Recording]) -> dict[str, Recording]:
+    """The recordings, with the ways in which ``training_step`` calls the same submodules, where it can be run alone."""
+    found, batch = _first_of(trainer.fit_loop._data_source, sequential=False)
+    if not found:
+        return recordings
+    try:
+        training = _record(module, "training_step", _by_hand(trainer, "training_step", batch))
+    except CaptureError:  # e.g. manual optimization, which asks for the optimizers
+        return recordings
+    return {
+        name: replace(seen, ways=tuple(dict.fromkeys((*seen.ways, *training[name].ways)))) if name in training else seen
+        for name, seen in recordings.items()
+    }
+
+
 def _call_of(example: Any) -> Call:
     if isinstance(example, dict):
         return Call((), detached(example))
@@ -100,10 +117,12 @@ def _record(module: Any, step: str, run: Any) -> dict[str, Recording]:
     twin = copy_of(module)
     try:
         return record_calls(twin, run)
-    except Exception as error:
+    except Exception as error:  # whatever the user's code raises
+        inside = getattr(error, FAILED_IN, "")
+        place = f"{where(error)}in {inside!r}: " if inside else where(error)
         raise CaptureError(
             f"{type(module).__name__}.{step} raised {type(error).__name__} on one batch, on the CPU in eval mode: "
-            f"{str(error).rstrip('.')}. Its parts are traced with what it passes them. "
+            f"{place}{str(error).rstrip('.')}. Its parts are traced with what it passes them. "
             "If it cannot run there, set self.example_input_array."
         ) from error
 

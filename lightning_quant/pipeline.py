@@ -115,7 +115,9 @@ def convert_module(module: Any, graphs: Graphs) -> Quantized:
         known = fx.info(graph)
         for kept in known.kept:
             fx.put(graph, kept, int8.get_submodule(_join(name, kept)))
-        graft(int8.get_submodule(name), graph, known.interface, known.replaced)
+        # what is kept stays where it is as well: code outside of the graph may look into it
+        replaced = tuple(part for part in known.replaced if part not in known.kept)
+        graft(int8.get_submodule(name), graph, known.interface, replaced)
     plain_train(int8)
     return Quantized(int8.eval(), converted, graphs, float_module)
 

@@ -10,6 +10,7 @@ runs its own graph.
 
 from __future__ import annotations
 
+import sys
 from types import MethodType
 from typing import Any, Protocol
 
@@ -18,8 +19,10 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_quant.arguments import Interface
+from lightning_quant.structures import is_setting
 
 _ROUTE = "_lightning_quant_route"
+_BEFORE = "_lightning_quant_before"
 _CHILD = "int8"
 
 
@@ -81,15 +84,44 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def divert(module: nn.Module, route: Route) -> None:
-    """Send the calls of ``module.forward`` to ``route``."""
+    """Send the calls of ``module.forward`` to ``route``, also those of a module that was compiled in place."""
+    if _ROUTE not in module.__dict__:
+        module.__dict__[_BEFORE] = (module.__dict__.get("forward"), module.__dict__.get("_compiled_call_impl"))
     module.__dict__[_ROUTE] = route
     module.__dict__["forward"] = MethodType(forward, module)
+    module.__dict__["_compiled_call_impl"] = None
 
 
 def restore(module: nn.Module) -> None:
     """Let ``module`` run its own ``forward`` again."""
-    if module.__dict__.pop(_ROUTE, None) is not None:
-        del module.__dict__["forward"]
+    if module.__dict__.pop(_ROUTE, None) is None:
+        return
+    for name, value in zip(("forward", "_compiled_call_impl"), module.__dict__.pop(_BEFORE), strict=True):
+        module.__dict__.pop(name, None)  # a deepcopy has dropped what was compiled
+        if value is not None:
+            module.__dict__[name] = value
+
+
+class Uncompiled:
+    """Run what ``torch.compile`` wrapped, as Python does: a graph that was put inside of it has to be seen."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The original's output."""
+        original: Any = module._orig_mod
+        return original(*args, **kwargs)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module`` is what ``torch.compile(module)`` gave."""
+    eval_frame = sys.modules.get("torch._dynamo.eval_frame")  # who compiled has imported it
+    return eval_frame is not None and isinstance(module, eval_frame.OptimizedModule)
+
+
+def uncompile(model: nn.Module) -> None:
+    """Let every compiled submodule of ``model`` run its original. Undone by :func:`restore` on it."""
+    for module in model.modules():
+        if is_compiled(module):
+            divert(module, Uncompiled())
 
 
 def route_of(module: nn.Module) -> Route | None:
@@ -123,11 +155,14 @@ def graft(module: nn.Module, graph: nn.Module, interface: Interface, replaced: t
 
 
 def imitate(stand_in: nn.Module, module: nn.Module) -> None:
-    """Give ``stand_in`` the attributes ``weight`` and ``bias`` of a layer, without their values.
+    """Give ``stand_in`` the settings of a module, and its attributes ``weight`` and ``bias`` without their values.
 
-    Models ask for the type and the shape of a layer's weight (``x.to(self.fc.weight.dtype)``). Who computes with what
-    stands here gets NaN.
+    Models ask for a layer's width, and for the type and the shape of its weight (``x.to(self.fc.weight.dtype)``). Who
+    computes with what stands here gets NaN.
     """
+    for name, value in module.__dict__.items():
+        if not name.startswith("_") and name != "training" and is_setting(value):
+            stand_in.__dict__.setdefault(name, value)
     for name in ("weight", "bias"):
         tensor = module._parameters.get(name)
         if tensor is not None and tensor.is_floating_point():

@@ -32,9 +32,9 @@ CONV_TRANSPOSE_FUNCTIONS = (F.conv_transpose1d, F.conv_transpose2d, F.conv_trans
 
 #: What each method turns into int8: the layers with weights. Everything else runs between them as its inputs allow.
 QUANTIZABLE: dict[str, tuple[type[nn.Module], ...]] = {
-    "dynamic": (nn.Linear, *RNNS),
-    "static": (nn.Linear, *CONVS, *CONV_TRANSPOSES),
-    "qat": (nn.Linear, *CONVS, *CONV_TRANSPOSES),
+    "dynamic": (nn.Linear, *RNNS, nn.MultiheadAttention),
+    "static": (nn.Linear, *CONVS, *CONV_TRANSPOSES, *RNNS, nn.MultiheadAttention),
+    "qat": (nn.Linear, *CONVS, *CONV_TRANSPOSES, *RNNS, nn.MultiheadAttention),
 }
 
 #: Every layer whose multiply-accumulates count, in int8 or not.
@@ -132,6 +132,12 @@ def layer_qconfig(config: QuantConfig, method: Method, kind: type[nn.Module]) ->
     return QConfig(activation=_activation(config, method), weight=weight)
 
 
+def _recurrent(config: QuantConfig) -> QConfig:
+    """Torch packs the weights of recurrent layers per tensor only, and quantizes their activations at run time."""
+    activation = PlaceholderObserver.with_args(dtype=torch.quint8, quant_min=0, quant_max=255, is_dynamic=True)
+    return QConfig(activation=activation, weight=_weight(config, "dynamic", per_tensor=True))
+
+
 def qconfig_mapping(config: QuantConfig, method: Method) -> QConfigMapping:
     """The mapping that :func:`torch.ao.quantization.fx.prepare` takes.
 
@@ -146,10 +152,8 @@ def qconfig_mapping(config: QuantConfig, method: Method) -> QConfigMapping:
         # a ReLU after a linear layer is part of its kernel, and torch.ao asks for one qconfig for both
         for kind in (nn.Linear, F.linear, nn.ReLU, F.relu, torch.relu):
             mapping.set_object_type(kind, linear)
-        for kind in RNNS:  # torch packs their weights per tensor only
-            mapping.set_object_type(
-                kind, QConfig(activation=activation, weight=_weight(config, method, per_tensor=True))
-            )
+        for kind in RNNS:
+            mapping.set_object_type(kind, _recurrent(config))
         return mapping
     stock = get_default_qat_qconfig_mapping if method == "qat" else get_default_qconfig_mapping
     mapping = stock(config.engine)
@@ -161,4 +165,6 @@ def qconfig_mapping(config: QuantConfig, method: Method) -> QConfigMapping:
         mapping.set_object_type(kind, None)
     for kind in FLOAT_BY_DESIGN:
         mapping.set_object_type(kind, None)
+    for kind in RNNS:  # the only int8 kernels there are take the ranges of activations at run time
+        mapping.set_object_type(kind, _recurrent(config))
     return mapping

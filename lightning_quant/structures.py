@@ -128,6 +128,15 @@ def leaves(structure: Structure) -> Iterator[Leaf]:
             yield from leaves(part)
 
 
+def settings(structure: Structure, name: str) -> Iterator[tuple[str, Any]]:
+    """``(name, value)`` of every value that is no data."""
+    if isinstance(structure, Setting):
+        yield name, structure.value
+    elif isinstance(structure, Container):
+        for key, part in zip(structure.keys, structure.parts, strict=True):
+            yield from settings(part, _name(name, key))
+
+
 def _renamed(structure: Structure, name: str) -> Structure:
     if isinstance(structure, Leaf):
         return Leaf(name)
@@ -182,7 +191,17 @@ def collect(description: Any, value: Any) -> Iterator[Any]:
 
 
 def _same(a: Any, b: Any) -> bool:
-    return a is b or (type(a) is type(b) and bool(a == b))
+    """Whether two settings are equal, types and NaN included, also inside of containers."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    ours, theirs = _parts(a), _parts(b)
+    if ours is None or theirs is None:
+        return bool(a == b) or (isinstance(a, float) and a != a and b != b)
+    return len(ours) == len(theirs) and all(
+        k == other and _same(x, y) for (k, x), (other, y) in zip(ours, theirs, strict=True)
+    )
 
 
 def put_together(structure: Structure, data: Iterator[Any]) -> Any:
@@ -201,15 +220,20 @@ def put_together(structure: Structure, data: Iterator[Any]) -> Any:
         return build(**named)
     if issubclass(kind, dict):
         return OrderedDict(named) if issubclass(kind, OrderedDict) else named
-    return tuple(parts) if issubclass(kind, tuple) else parts
+    if not issubclass(kind, tuple):
+        return parts
+    try:  # torch.Size, and what torch.max gives
+        return tuple(parts) if kind is tuple else kind(parts)
+    except TypeError:
+        return tuple(parts)
 
 
 def plain(value: Any) -> Any:
-    """``value`` with tuples, lists and dicts in the place of other containers: what a graph and a file can return."""
+    """What a graph and a file can return: tuples, lists and dicts in the place of other containers, and no None."""
     parts = _parts(value)
     if parts is None:
         return value
-    inside = [(key, plain(part)) for key, part in parts]
+    inside = [(key, plain(part)) for key, part in parts if part is not None]
     if isinstance(value, dict) or dataclasses.is_dataclass(value):
         return dict(inside)
     return [part for _, part in inside] if isinstance(value, list) else tuple(part for _, part in inside)
@@ -222,11 +246,23 @@ class Shape:
     type: Any
     keys: tuple[Any, ...]
     parts: tuple[Shape | None, ...]
+    absent: frozenset[Any] = frozenset()
 
     def restore(self, value: Any) -> Any:
-        """The reverse of :func:`plain`, for a value with the same containers."""
-        items = [value[key] for key in self.keys] if isinstance(value, dict) else list(value)
-        parts = [item if part is None else part.restore(item) for item, part in zip(items, self.parts, strict=True)]
+        """The reverse of :func:`plain`, for a value with the same containers.
+
+        Raises:
+            KeyError: A part is missing.
+            ValueError: There are more or fewer parts.
+        """
+        present = [key for key in self.keys if key not in self.absent]
+        items = (
+            {key: value[key] for key in present} if isinstance(value, dict) else dict(zip(present, value, strict=True))
+        )
+        parts = [
+            None if key in self.absent else items[key] if part is None else part.restore(items[key])
+            for key, part in zip(self.keys, self.parts, strict=True)
+        ]
         inside: tuple[Structure, ...] = tuple(Leaf("") for _ in parts)
         return put_together(Container(self.type, self.keys, inside), iter(parts))
 
@@ -241,8 +277,11 @@ def _shape_of(value: Any) -> Shape | None:
     parts = _parts(value)
     if parts is None:
         return None
-    return Shape(type(value), tuple(key for key, _ in parts), tuple(_shape_of(part) for _, part in parts))
+    absent = frozenset(key for key, part in parts if part is None)
+    return Shape(type(value), tuple(key for key, _ in parts), tuple(_shape_of(part) for _, part in parts), absent)
 
 
 def _is_plain(shape: Shape) -> bool:
-    return shape.type in (tuple, list, dict) and all(part is None or _is_plain(part) for part in shape.parts)
+    if shape.type not in (tuple, list, dict) or shape.absent:
+        return False
+    return all(part is None or _is_plain(part) for part in shape.parts)

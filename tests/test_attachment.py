@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -135,6 +136,28 @@ def test_running_statistics_are_those_that_float_training_would_have() -> None:
         other.train()(X)
     for key, value in other.body.state_dict().items():
         torch.testing.assert_close(model.body.state_dict()[key], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["torch", "timm"])
+def test_a_batch_norm_without_a_layer_before_it_trains_and_stays_frozen(kind: str) -> None:
+    """As in networks that normalise first; timm's is one module with its activation."""
+    if kind == "timm":
+        layers = pytest.importorskip("timm.layers")
+        norm: nn.Module = layers.BatchNormAct2d(3)
+    else:
+        norm = nn.BatchNorm2d(3)
+    model = nn.Module()
+    model.body = nn.Sequential(OrderedDict(bn=norm, relu=nn.ReLU(), conv=nn.Conv2d(3, 4, 3)))
+    attach(model, {"body": prepare(model.body, method="qat", example_inputs=X)})
+    run_quantized(model, True)
+    model.train()
+    model.body(X)
+    moved = norm.running_mean.clone()
+    assert moved.any()
+    norm.eval()
+    attached_to(model).follow()
+    model.body(X)
+    assert torch.equal(norm.running_mean, moved)
 
 
 def test_a_batch_norm_that_the_user_froze_stays_frozen() -> None:

@@ -210,7 +210,8 @@ def test_metrics_and_losses_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "expected"), [("static", ["conv", "fc"]), ("qat", ["conv", "fc"]), ("dynamic", ["fc", "rnn"])]
+    ("method", "expected"),
+    [("static", ["conv", "fc", "rnn"]), ("qat", ["conv", "fc", "rnn"]), ("dynamic", ["fc", "rnn"])],
 )
 def test_what_can_be_quantized_depends_on_the_method(method: Method, expected: list[str]) -> None:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:

@@ -113,6 +113,8 @@ class _Names:
 
     def __enter__(self) -> _Names:
         for name, module in self.model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
             # the layer of a fused module has no name of its own
             parent = self.model.get_submodule(name.rpartition(".")[0])
             shown = name.rpartition(".")[0] if isinstance(parent, FusedModule) else name

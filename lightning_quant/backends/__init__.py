@@ -18,7 +18,7 @@ from lightning_quant.backends import fx
 from lightning_quant.capture import Capture, detached, find_targets, record_calls
 from lightning_quant.config import Method, QuantConfig, check_method, resolve
 from lightning_quant.errors import CaptureError, ConfigError
-from lightning_quant.placement import imitate
+from lightning_quant.placement import imitate, uncompile
 
 
 def as_call(example_inputs: Any) -> Call:
@@ -63,6 +63,7 @@ def prepare(model: nn.Module, config: QuantConfig | None = None, *, method: Meth
     memo: dict[int, Any] = {id(p): p for p in model.parameters()} if method == "qat" else {}
     twin = copy.deepcopy(model, memo)
     twin.train(method == "qat")
+    uncompile(twin)
     graphs = {target.name: prepare_target(model, capture, target.name, config, method) for target in capture.targets}
     return assemble(twin, graphs, {name: fx.info(graph) for name, graph in graphs.items()})
 
@@ -116,7 +117,8 @@ def prepare_target(model: nn.Module, capture: Capture, name: str, config: QuantC
     """The prepared graph of one target of ``model``."""
     target = next(t for t in capture.targets if t.name == name)
     own = replace(config, targets=(), skip=capture.relative_skips(target))
-    return fx.prepare(model.get_submodule(name), own, method, target.call)
+    graph = fx.prepare(model.get_submodule(name), own, method, target.call, between=target.between)
+    return fx.named(graph, name)
 
 
 def convert(prepared: nn.Module, config: QuantConfig | None = None) -> nn.Module:

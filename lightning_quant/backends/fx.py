@@ -31,11 +31,12 @@ from lightning_quant._torch_ao import (
 from lightning_quant.arguments import Call, Interface
 from lightning_quant.backends import islands, kernels
 from lightning_quant.backends.tracing import Traced, fold_weights, is_constant, is_layer, trace, value_of
-from lightning_quant.config import Method, QuantConfig, resolve
+from lightning_quant.config import Method, QuantConfig, TensorSpec, resolve
 from lightning_quant.errors import CalibrationError, CaptureError
 from lightning_quant.fake_quantize import SharedFakeQuantize
 from lightning_quant.fusion import FusedGroup, fuse
-from lightning_quant.qconfig import layer_qconfig, qconfig_mapping, weight_range
+from lightning_quant.placement import uncompile
+from lightning_quant.qconfig import RNNS, layer_qconfig, qconfig_mapping, weight_range
 
 _META = "lightning_quant"
 #: Where torch.ao is told to find the nodes that stay float. No module has this name.
@@ -69,6 +70,19 @@ class Prepared:
     float_layers: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Feasible:
+    """What :func:`check_traceable` found out.
+
+    Attributes:
+        kept: The submodules that the graph has to call as they are -> why.
+        between: Operators between the layers can run in int8; else one of them has no kernel for what it is given.
+    """
+
+    kept: dict[str, str]
+    between: bool = True
+
+
 def info(graph_module: nn.Module) -> Prepared:
     """What :func:`prepare` noted about this graph.
 
@@ -79,6 +93,13 @@ def info(graph_module: nn.Module) -> Prepared:
     if not isinstance(found, Prepared):
         raise CaptureError(f"{type(graph_module).__name__} was not made by lightning_quant.prepare: prepare it first.")
     return found
+
+
+def named(graph_module: fx.GraphModule, name: str) -> fx.GraphModule:
+    """Let messages call the module that the graph stands for ``name``."""
+    known = info(graph_module)
+    graph_module.meta[_META] = replace(known, interface=replace(known.interface, owner=name))
+    return graph_module
 
 
 def is_graph(module: nn.Module) -> bool:
@@ -104,34 +125,50 @@ def _working(config: QuantConfig) -> Iterator[None]:
         yield
 
 
-def check_traceable(model: nn.Module, call: Call, method: Method) -> dict[str, str]:
-    """Prepare ``model`` and run it once, to see that it can be done.
+def check_traceable(model: nn.Module, call: Call, method: Method, skip: tuple[str, ...] = ()) -> Feasible:
+    """Prepare, run, convert and run ``model`` once, to see that it can be done.
 
-    Returns:
-        The submodules that the graph has to call as they are -> why.
+    Args:
+        model: Not changed.
+        call: One call of ``model.forward``.
+        method: dynamic, static or qat.
+        skip: Names of its submodules that stay float.
 
     Raises:
         CaptureError: ``model`` cannot be captured as one graph.
     """
-    try:
-        prepared = prepare(model, QuantConfig(), method, call)
-        prepared.eval()
-        with torch.no_grad():
-            prepared(*info(prepared).interface.flatten(call.args, call.keywords))
-    except CaptureError:
-        raise
-    except Exception as error:
-        raise CaptureError(f"torch.ao cannot run it with observers: {type(error).__name__}: {error}") from error
-    return info(prepared).kept
+    config = QuantConfig(activation=TensorSpec(observer="auto" if method == "qat" else "min_max"), skip=skip)
+    for between in (True, False):
+        try:
+            prepared = prepare(model, config, method, call, between=between)
+            prepared.eval()
+            data = info(prepared).interface.flatten(call.args, call.keywords)
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                prepared(*copy.deepcopy(data))
+                converted = convert(prepared)
+                with engine(info(converted).config.engine), quiet():
+                    converted(*copy.deepcopy(data))
+        except CaptureError:
+            raise
+        except Exception as error:  # torch.ao's own failures, and those of its kernels: whatever they raise
+            failure = error
+        else:
+            return Feasible(info(prepared).kept, between)
+    reason = str(failure).strip().splitlines()[0][:200] if str(failure).strip() else ""
+    raise CaptureError(f"torch.ao cannot run it: {type(failure).__name__}: {reason}") from failure
 
 
 def _twin(model: nn.Module, *, share: bool) -> nn.Module:
     """A copy of the structure and the buffers of ``model``; of its Parameters only if not ``share``."""
     memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share else {}
-    return copy.deepcopy(model, memo)
+    twin = copy.deepcopy(model, memo)
+    uncompile(twin)
+    return twin
 
 
-def prepare(model: nn.Module, config: QuantConfig, method: Method, example: Call) -> fx.GraphModule:
+def prepare(
+    model: nn.Module, config: QuantConfig, method: Method, example: Call, *, between: bool = True
+) -> fx.GraphModule:
     """A graph of ``model`` with observers (static), fake quantizes (qat) or marks (dynamic) at its int8 tensors.
 
     Args:
@@ -139,6 +176,7 @@ def prepare(model: nn.Module, config: QuantConfig, method: Method, example: Call
         config: ``skip`` are names of submodules of ``model``.
         method: dynamic, static or qat.
         example: One call of ``model.forward``.
+        between: Let operators between the layers run in int8 where that pays.
 
     Raises:
         CaptureError: ``forward`` cannot be traced.
@@ -157,7 +195,7 @@ def prepare(model: nn.Module, config: QuantConfig, method: Method, example: Call
             # who says reduce_range=False may quantize for another machine
             narrow = plan.narrow if asked.reduce_range is None else narrow
         with engine(config.engine):
-            return _prepare_traced(traced, config, method, narrow)
+            return _prepare_traced(traced, config, method, narrow, between)
 
 
 def _backend_config(method: Method) -> BackendConfig:
@@ -166,7 +204,9 @@ def _backend_config(method: Method) -> BackendConfig:
     return qat_modules.with_own_modules(stock) if method == "qat" else stock
 
 
-def _prepare_traced(traced: Traced, config: QuantConfig, method: Method, narrow: frozenset[str]) -> fx.GraphModule:
+def _prepare_traced(
+    traced: Traced, config: QuantConfig, method: Method, narrow: frozenset[str], between: bool
+) -> fx.GraphModule:
     training = method == "qat"
     backend_config = _backend_config(method)
     mapping = qconfig_mapping(config, method)
@@ -192,7 +232,9 @@ def _prepare_traced(traced: Traced, config: QuantConfig, method: Method, narrow:
         scopes.setdefault(node.name, ("", nn.Module))
     if method != "dynamic":
         out = {name for name, qconfig in mapping.module_name_qconfigs.items() if qconfig is None}
-        floats = islands.float_nodes(graph_module, backend_config, lambda n: _is_left_out(n, scopes, out))
+        floats = islands.float_nodes(
+            graph_module, backend_config, lambda n: _is_left_out(n, scopes, out), none=not between
+        )
         for node in graph_module.graph.nodes:
             scopes.setdefault(node.name, ("", nn.Module))
         for node in floats:
@@ -214,11 +256,7 @@ def _prepare_traced(traced: Traced, config: QuantConfig, method: Method, narrow:
     _count_sharing(prepared)
     if training:
         _observe_weights(prepared)
-    norms = {
-        group.members[0]: group.members[1]
-        for group in groups
-        if len(group.members) > 1 and isinstance(_get(prepared, group.members[0]), qat_modules.TYPES)
-    }
+    parts = {part: traced.origins.get(member, member) for group in groups for part, member in _inside(prepared, group)}
     prepared.meta[_META] = Prepared(
         config=config,
         method=method,
@@ -226,7 +264,7 @@ def _prepare_traced(traced: Traced, config: QuantConfig, method: Method, narrow:
         replaced=traced.replaced,
         fused=groups,
         origins=traced.origins,
-        batch_norms={f"{name}.bn": traced.origins.get(norm, norm) for name, norm in norms.items()},
+        batch_norms=parts,
         kept=traced.kept,
         float_layers=traced.float_layers,
     )
@@ -266,6 +304,18 @@ def _observe_weights(prepared: fx.GraphModule) -> None:
                     module(value_of(prepared, fed_by))
 
 
+def _inside(prepared: fx.GraphModule, group: FusedGroup) -> Iterator[tuple[str, str]]:
+    """The batch norms that still stand inside of a fused module, and the members of the group that they are."""
+    name = group.members[0]
+    fused = _get(prepared, name)
+    if isinstance(fused, qat_modules.TYPES) and len(group.members) > 1:
+        yield f"{name}.bn", group.members[1]
+    elif isinstance(fused, nn.Sequential):
+        for number, (part, member) in enumerate(zip(fused, group.members, strict=False)):
+            if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                yield f"{name}.{number}", member
+
+
 def _get(module: nn.Module, name: str) -> nn.Module | None:
     try:
         return module.get_submodule(name)
@@ -296,6 +346,16 @@ def link(prepared: fx.GraphModule, model: nn.Module) -> None:
         for registry, theirs in ((module._parameters, origin._parameters), (module._buffers, origin._buffers)):
             for key in registry.keys() & theirs.keys():
                 registry[key] = theirs[key]
+
+
+def followers(prepared: fx.GraphModule, model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """Batch norms of a linked graph that stand for one of ``model`` and are not the same object, and that one."""
+    known = info(prepared)
+    modules = dict(model.named_modules())
+    views = {**known.origins, **known.batch_norms}
+    pairs = [(module, modules.get(views[name])) for name, module in prepared.named_modules() if name in views]
+    kind = nn.modules.batchnorm._BatchNorm
+    return [(a, b) for a, b in pairs if isinstance(a, kind) and isinstance(b, kind) and a is not b]
 
 
 def put(module: nn.Module, name: str, part: nn.Module) -> None:
@@ -373,6 +433,11 @@ def _finished(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None) -> fx
             fake_quantize.enable_observer()
             fake_quantize(weight)
         _store_computed_weights(twin)
+    for node in twin.graph.nodes:
+        if node.op == "call_module":
+            # the model's own layers, which a linked graph calls where they stay float, have none
+            called: Any = twin.get_submodule(str(node.target))
+            called.qconfig = getattr(called, "qconfig", None)
     return twin
 
 
@@ -430,8 +495,24 @@ def convert(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None) 
     with _working(known.config):
         twin = _finished(prepared, kept)
         converted = convert_graph(twin, is_reference=False, backend_config=_backend_config(known.method))
+    islands.drop_marks(converted)
     converted.meta[_META] = known
     return converted.eval()
+
+
+def _leave_recurrent(prepared: fx.GraphModule) -> None:
+    """Take recurrent layers out of what is quantized: their ranges at run time have no neutral form."""
+    qconfigs = prepared.meta["_observed_graph_module_attrs"].node_name_to_qconfig
+    for node in list(prepared.graph.nodes):
+        if node.op != "call_module":
+            continue
+        module = prepared.get_submodule(str(node.target))
+        if isinstance(module, RNNS):
+            qconfigs[node.name] = None
+        elif isinstance(module, ObserverBase) and getattr(module, "is_dynamic", False):
+            node.replace_all_uses_with(node.args[0])
+            prepared.graph.erase_node(node)
+    prepared.recompile()
 
 
 def reference(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None) -> fx.GraphModule:
@@ -447,6 +528,7 @@ def reference(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None
     known = info(prepared)
     with _working(known.config):
         twin = _finished(prepared, kept)
+        _leave_recurrent(twin)
         converted = convert_graph(
             twin,
             is_reference=True,
@@ -454,5 +536,6 @@ def reference(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None
             is_decomposed=True,
             backend_config=_backend_config(known.method),
         )
+    islands.drop_marks(converted)
     converted.meta[_META] = known
     return converted.eval()

@@ -17,7 +17,14 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from lightning_quant._torch_ao import BackendConfig, FusedModule
-from lightning_quant.qconfig import CONV_FUNCTIONS, CONV_TRANSPOSE_FUNCTIONS, CONV_TRANSPOSES, CONVS, FLOAT_BY_DESIGN
+from lightning_quant.qconfig import (
+    CONV_FUNCTIONS,
+    CONV_TRANSPOSE_FUNCTIONS,
+    CONV_TRANSPOSES,
+    CONVS,
+    FLOAT_BY_DESIGN,
+    RNNS,
+)
 
 _WEIGHTED_FUNCTIONS = (F.linear, *CONV_FUNCTIONS, *CONV_TRANSPOSE_FUNCTIONS)
 
@@ -38,6 +45,13 @@ _VIEWS = (
 )  # fmt: skip
 
 
+#: They change what they are given, draw numbers, or have a kernel of their own.
+_NOT_TWICE = (
+    F.relu, torch.relu, nn.ReLU, "relu", "relu_", "detach_", "squeeze_", "unsqueeze_", "resize_", F.dropout,
+    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
+)  # fmt: skip
+
+
 def kind_of(graph_module: fx.GraphModule, node: fx.Node) -> Any:
     """The type of the module that ``node`` calls, or the function, or the name of the method."""
     return type(graph_module.get_submodule(str(node.target))) if node.op == "call_module" else node.target
@@ -51,28 +65,38 @@ def _is_weighted(kind: Any) -> bool:
 
 
 def float_nodes(
-    graph_module: fx.GraphModule, config: BackendConfig, stays_float: Callable[[fx.Node], bool]
+    graph_module: fx.GraphModule,
+    config: BackendConfig,
+    stays_float: Callable[[fx.Node], bool],
+    *,
+    none: bool = False,
 ) -> list[fx.Node]:
     """The nodes that have an int8 kernel and are better left in float.
 
     Args:
-        graph_module: Fused, before observers are placed. What moves data to readers of both kinds is doubled, because
-            torch.ao lowers it for one kind and forgets the other.
+        graph_module: Fused, before observers are placed. Changed: what moves data to readers of both kinds is doubled,
+            and :func:`in_float` stands between float operators and int8 readers.
         config: The operators that have int8 kernels.
         stays_float: Whether a layer with weights was left in float by the user.
+        none: All of them.
     """
-    while True:
-        found, int8 = _decide(graph_module, config, stays_float)
-        if not any([_double(graph_module, node, int8) for node in reversed(found)]):
-            return found
+    found, int8 = _decide(graph_module, config, stays_float, none)
+    # a twin has int8 readers alone, so that the next round finds it in int8 and gives it none
+    while not none and any([_double(graph_module, node, int8) for node in reversed(found)]):
+        found, int8 = _decide(graph_module, config, stays_float, none)
+    able = {c.pattern for c in config.configs if not isinstance(c.pattern, tuple)}
+    for node in list(graph_module.graph.nodes):
+        called = node.op in ("call_function", "call_method", "call_module")
+        if called and node not in int8 and _in(kind_of(graph_module, node), able):
+            _set_apart(graph_module, node, int8)
+    return found
 
 
 def _double(graph_module: fx.GraphModule, node: fx.Node, int8: set[fx.Node]) -> bool:
     """Give the int8 readers of a float ``node`` that moves data a twin of it. Says whether there were any."""
-    if not _in(kind_of(graph_module, node), _VIEWS):
-        return False
+    kind = kind_of(graph_module, node)
     readers = [user for user in node.users if user in int8]
-    if not readers:
+    if not readers or not _in(kind, _VIEWS) or _in(kind, _NOT_TWICE):
         return False
     with graph_module.graph.inserting_after(node):
         twin = graph_module.graph.node_copy(node)
@@ -82,8 +106,34 @@ def _double(graph_module: fx.GraphModule, node: fx.Node, int8: set[fx.Node]) -> 
     return True
 
 
+def in_float(x: Any) -> Any:
+    """``x``. Torch.ao takes all between dequantize and quantize into int8, asked or not, but does not see past this."""
+    return x
+
+
+def _set_apart(graph_module: fx.GraphModule, node: fx.Node, int8: set[fx.Node]) -> None:
+    """Let the int8 readers of a float ``node`` read it through :func:`in_float`."""
+    readers = [user for user in node.users if user in int8]
+    if not readers:
+        return
+    with graph_module.graph.inserting_after(node):
+        apart = graph_module.graph.call_function(in_float, (node,))
+    apart.meta = dict(node.meta)
+    for reader in readers:
+        reader.replace_input_with(node, apart)
+
+
+def drop_marks(graph_module: fx.GraphModule) -> None:
+    """Take :func:`in_float` out of a converted graph, where it has done its work."""
+    for node in list(graph_module.graph.nodes):
+        if node.target is in_float:
+            node.replace_all_uses_with(node.args[0])
+            graph_module.graph.erase_node(node)
+    graph_module.recompile()
+
+
 def _decide(
-    graph_module: fx.GraphModule, config: BackendConfig, stays_float: Callable[[fx.Node], bool]
+    graph_module: fx.GraphModule, config: BackendConfig, stays_float: Callable[[fx.Node], bool], none: bool
 ) -> tuple[list[fx.Node], set[fx.Node]]:
     """The nodes that could run in int8 and do not, and those that do."""
     able = {c.pattern for c in config.configs if not isinstance(c.pattern, tuple)}
@@ -95,10 +145,10 @@ def _decide(
         for node in nodes
         if node not in weighted
         and _in(kinds[node], able)
-        and not _in(kinds[node], FLOAT_BY_DESIGN)
+        and not _in(kinds[node], (*FLOAT_BY_DESIGN, *RNNS))
         and not _is_weighted(kinds[node])
     }
-    candidates = set(between)
+    candidates = set() if none else {node for node in between if _has_kernel(node, kinds[node])}
     while True:
         int8 = weighted | candidates
         rest = {
@@ -109,6 +159,16 @@ def _decide(
         if rest == candidates:
             return [node for node in nodes if node in between and node not in candidates], int8
         candidates = rest
+
+
+def _has_kernel(node: fx.Node, kind: Any) -> bool:
+    """Torch.ao's table has operators for which there are no int8 kernels, or wrong ones."""
+    if node.op == "call_module" and isinstance(kind, type) and issubclass(kind, nn.PReLU):
+        return False  # it multiplies in too few bits
+    if node.target is not F.interpolate:
+        return True
+    mode = node.args[3] if len(node.args) > 3 else node.kwargs.get("mode", "nearest")
+    return mode in ("nearest", "nearest-exact")
 
 
 def _in(kind: Any, group: Any) -> bool:

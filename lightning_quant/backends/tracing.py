@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_flatten
 from lightning_quant._torch_ao import QuantizationTracer
 from lightning_quant.arguments import Call, Interface, signature_of
 from lightning_quant.backends.written_out import expose_batch_norms, is_written_out, written_out
-from lightning_quant.errors import CaptureError
+from lightning_quant.errors import CaptureError, where
 from lightning_quant.qconfig import CONV_FUNCTIONS, CONV_TRANSPOSE_FUNCTIONS, CONV_TRANSPOSES, CONVS
 from lightning_quant.structures import Shape, is_setting, plain, shape_of
 
@@ -138,6 +138,9 @@ class _Tracer(QuantizationTracer):
         name = self.path_of_module(m)
         if self.is_leaf_module(m, name):
             return super().call_module(m, forward, args, kwargs)
+        if isinstance(m, torch.jit.ScriptModule):
+            self.kept[name] = "it is scripted already"
+            return super().call_module(m, forward, args, kwargs)
         written = written_out(m)
         known, depth = set(self.graph.nodes), len(self.module_stack)
         before = _state_of(m)
@@ -147,7 +150,7 @@ class _Tracer(QuantizationTracer):
             reason = _carries(changed) if changed else ""
         except Exception as error:  # whatever the user's code raises when it is given a proxy
             _put_back(m, before)
-            reason = f"{_where(error)}{type(error).__name__}: {_first_line(error)}"
+            reason = f"{where(error)}{type(error).__name__}: {_first_line(error)}"
             output = None
         if not reason:
             return output
@@ -251,7 +254,7 @@ def _trace_once(root: nn.Module, call: Call, kept: dict[str, str]) -> Traced:
     except _Untraceable:
         raise
     except Exception as error:
-        raise _Untraceable(f"cannot be traced as one graph: {_where(error)}{type(error).__name__}: {error}") from error
+        raise _Untraceable(f"cannot be traced as one graph: {where(error)}{type(error).__name__}: {error}") from error
     for node in reversed(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
@@ -284,18 +287,6 @@ def _single_layer(root: nn.Module, interface: Interface) -> Traced:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else ""
-
-
-def _where(error: BaseException) -> str:
-    """``"file.py:12 "``: the last line of the user's code in the traceback."""
-    found = ""
-    step = error.__traceback__
-    while step is not None:
-        filename = step.tb_frame.f_code.co_filename
-        if "/torch/" not in filename and "lightning_quant" not in filename and not filename.startswith("<"):
-            found = f"{filename}:{step.tb_lineno}: "
-        step = step.tb_next
-    return found
 
 
 def trace(root: nn.Module, call: Call, *, training: bool = False) -> Traced:
@@ -400,7 +391,7 @@ def _failure(traced: Traced, root: nn.Module, call: Call) -> tuple[str, str] | N
             seed = torch.initial_seed()
             torch.manual_seed(seed)
             twin = copy.deepcopy(call)
-            before = {part: _state_of(part) for part in root.modules()}
+            before = {part: _state_of(part) for part in root.modules() if not isinstance(part, torch.jit.ScriptModule)}
             expected = plain(root(*twin.args, **twin.keywords))
             for part, state in before.items():
                 _put_back(part, state)
@@ -494,15 +485,23 @@ def _follow_mode(train: Traced, evaluation: Traced) -> tuple[str, str] | None:
 def _write_out_functions(graph_module: fx.GraphModule) -> None:
     """Give functional layers the form that torch.ao lowers: all arguments by position, sizes as tuples, no words."""
     for node in graph_module.graph.nodes:
+        if node.op == "call_method" and node.target == "view" and not _is_type(node.args[1:]):
+            node.target = "reshape"  # int8 kernels give channels-last tensors, of which some views are none
         if node.op != "call_function":
             continue
-        if node.target is F.linear:
+        if node.target is torch.relu:
+            node.target = F.relu
+        elif node.target is F.linear:
             if len(node.args) < 3 and "bias" not in node.kwargs:
                 node.kwargs = {**node.kwargs, "bias": None}
         elif node.target in (*CONV_FUNCTIONS, *CONV_TRANSPOSE_FUNCTIONS):
             _write_out(graph_module, node)
         else:
             _write_out_product(graph_module, node)
+
+
+def _is_type(args: tuple[Any, ...]) -> bool:
+    return bool(args) and isinstance(args[0], torch.dtype)
 
 
 def _write_out_product(graph_module: fx.GraphModule, node: fx.Node) -> None:
@@ -515,7 +514,7 @@ def _write_out_product(graph_module: fx.GraphModule, node: fx.Node) -> None:
         return
     if not _is_stored(graph_module, matrix, 2) or not (bias is None or _is_stored(graph_module, bias, 1)):
         return
-    if not isinstance(data, fx.Node) or data.op == "get_attr":
+    if not isinstance(data, fx.Node) or is_constant(graph_module, data):
         return
     with graph_module.graph.inserting_before(node):
         weight = graph_module.graph.call_method("t", (matrix,))
@@ -523,11 +522,12 @@ def _write_out_product(graph_module: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _is_stored(graph_module: fx.GraphModule, value: Any, dims: int) -> bool:
-    """Whether ``value`` is a Parameter of so many dimensions."""
-    if not isinstance(value, fx.Node) or value.op != "get_attr":
+    """Whether ``value`` is a tensor of so many dimensions that depends on parameters and buffers alone."""
+    if not isinstance(value, fx.Node) or not is_constant(graph_module, value):
         return False
-    tensor = operator.attrgetter(str(value.target))(graph_module)
-    return isinstance(tensor, nn.Parameter) and tensor.dim() == dims
+    with torch.no_grad():
+        tensor = value_of(graph_module, value)
+    return isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.dim() == dims
 
 
 def _constant(graph_module: fx.GraphModule, node: fx.Node, known: dict[fx.Node, bool]) -> bool:
@@ -645,7 +645,7 @@ def _layers_of_functions(traced: Traced) -> dict[str, str]:
             owner, attribute = traced.scopes.get(node.name, ("", None))[0], "weight"
         stem = attribute.removesuffix("weight").rstrip("_")
         name = ".".join(x for x in (owner, stem) if x) or "function"
-        if name != owner or not _free(graph_module, name):
+        if name != owner or not _is_free(graph_module, name, {weight, bias}):
             base, number = name, 0
             while graph_module_has(graph_module, name):
                 number += 1
@@ -668,9 +668,15 @@ def graph_module_has(graph_module: nn.Module, name: str) -> bool:
     return True
 
 
-def _free(graph_module: fx.GraphModule, name: str) -> bool:
-    """Whether no node calls the module ``name``: a graph has it for its Parameters alone."""
-    return all(node.op != "call_module" or node.target != name for node in graph_module.graph.nodes)
+def _is_free(graph_module: fx.GraphModule, name: str, used: Collection[Any]) -> bool:
+    """Whether a graph has the module ``name`` for what the nodes ``used`` read of it, and for nothing else."""
+    if any(True for _ in graph_module.get_submodule(name).children()):
+        return False
+    return not any(
+        (node.op == "call_module" and node.target == name)
+        or (node.op == "get_attr" and node.users and str(node.target).startswith(f"{name}.") and node not in used)
+        for node in graph_module.graph.nodes
+    )
 
 
 def _layer(kind: type[nn.Module], weight: torch.Tensor, bias: torch.Tensor | None, settings: tuple[Any, ...]) -> Any:

@@ -85,6 +85,17 @@ def _video(name: str) -> Architecture:
     return Architecture(name, "torchvision", "video", build, lambda batch: (torch.randn(batch, 3, 8, 48, 48),))
 
 
+#: Lower floors: SQNR, coverage, and why.
+_LOWER: dict[str, tuple[float, float, str]] = {
+    "dla34": (14.0, MIN_COVERAGE, "random weights amplify: 1e-6 of the input moves the int8 output by 28 dB"),
+    "resnetv2_50x1_bit": (
+        6.0,
+        MIN_COVERAGE,
+        "random weights amplify: 1e-6 of the input moves the int8 output by 19 dB (50 layers, no batch norm)",
+    ),
+}
+
+
 def _timm(name: str, family: str, size: int = 96, *, fast: bool = False, **options: Any) -> Architecture:
     def build() -> nn.Module:
         import timm
@@ -92,7 +103,7 @@ def _timm(name: str, family: str, size: int = 96, *, fast: bool = False, **optio
         model: nn.Module = timm.create_model(name, pretrained=False, **options)
         return model
 
-    return Architecture(name, "timm", family, build, _images(size), fast)
+    return Architecture(name, "timm", family, build, _images(size), fast, *_LOWER.get(name, ()))
 
 
 def _tokens(batch: int, length: int = 24, vocabulary: int = 200) -> dict[str, torch.Tensor]:
