@@ -37,7 +37,7 @@ test-oldest: $(VENV_OLDEST)/.installed  ## the fast tests with the oldest suppor
 test-slow: $(VENV)/.installed  ## the slow tests; run `make data` first
 	$(VENV)/bin/python -m pytest -m slow
 
-zoo: $(VENV)/.installed  ## every architecture of the zoo, and the table in docs/zoo.md
+zoo: $(VENV)/.libraries  ## every architecture and library of the zoo, and the table in docs/zoo.md
 	$(VENV)/bin/python -m pytest -m zoo
 	$(VENV)/bin/python tests/zoo/table.py
 
@@ -53,6 +53,11 @@ clean:  ## remove caches and outputs; environments and data stay
 	find . \( -name '.venv*' -o -name .git \) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---- environments
+
+# LightningModules of other people, for the zoo alone
+$(VENV)/.libraries: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install -q -e '.[libraries]'
+	touch $@
 
 $(VENV)/.installed: REQUIREMENTS := $(TORCH)
 $(VENV_OLDEST)/.installed: REQUIREMENTS := $(TORCH_OLDEST)

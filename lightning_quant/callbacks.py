@@ -433,9 +433,14 @@ class QuantizationAwareTraining(_Base):
         graphs = self._graphs(pl_module)
         self._keep(pl_module)
         relink(pl_module)
-        if not all(fx.is_initialised(graph) for graph in graphs.values()):
+        seen = {name: graph for name, graph in graphs.items() if fx.is_initialised(graph)}
+        if not seen:
             log.warning("quantization never began: no training batch ran with fake quantize. There is no int8 model.")
             return
+        if len(seen) < len(graphs):
+            unseen = ", ".join(name for name in graphs if name not in seen)
+            log.warning("no training batch ran through %s: they stay float.", unseen)
+        graphs = seen
         data = validation_data(trainer)
         metrics_before = None
         if data is not None and not trainer.fast_dev_run:

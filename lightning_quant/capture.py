@@ -36,11 +36,13 @@ class Recording:
         call: The first call.
         within: For each call, the submodules that were running then.
         ways: How its calls differ in more than their data, one text for each way; a single one if they do not.
+        free_dims: For each input, the dimensions that had another size in another call.
     """
 
     call: Call
     within: tuple[frozenset[str], ...]
     ways: tuple[str, ...] = ("",)
+    free_dims: tuple[tuple[int, ...], ...] = ()
 
 
 class Found(Protocol):
@@ -64,12 +66,14 @@ class Target:
         call: One call of it.
         kept: Names, relative to it, of the submodules that its graph calls as they are -> why. Targets may be inside.
         between: Operators between its layers can run in int8.
+        free_dims: For each input, the dimensions that have other sizes in other calls.
     """
 
     name: str
     call: Call
     kept: dict[str, str] = field(default_factory=dict)
     between: bool = True
+    free_dims: tuple[tuple[int, ...], ...] = ()
 
     @property
     def label(self) -> str:
@@ -116,14 +120,16 @@ def record_calls(model: nn.Module, run: Callable[[nn.Module], object]) -> dict[s
     running: list[str] = []
     calls: dict[str, Call] = {}
     ways: dict[str, list[str]] = {}
+    sizes: dict[str, set[tuple[tuple[int, ...], ...]]] = {}
     within: dict[str, list[frozenset[str]]] = {}
 
     def enter(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if name not in calls:
             calls[name] = Call(detached(args), detached(kwargs))
-        way = _way(modules[name], args, kwargs)
+        way, shapes = _way(modules[name], args, kwargs)
         if way not in ways.setdefault(name, []):
             ways[name].append(way)
+        sizes.setdefault(name, set()).add(shapes)
         within.setdefault(name, []).append(frozenset(running))
         running.append(name)
 
@@ -134,17 +140,31 @@ def record_calls(model: nn.Module, run: Callable[[nn.Module], object]) -> dict[s
         _watch(module, name, enter, running.pop)
     with torch.no_grad():
         run(twin)
-    return {name: Recording(call, tuple(within[name]), tuple(ways[name])) for name, call in calls.items()}
+    return {
+        name: Recording(call, tuple(within[name]), tuple(ways[name]), _free_dims(sizes[name]))
+        for name, call in calls.items()
+    }
 
 
-def _way(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """What a call passes besides its data."""
+def _free_dims(sizes: set[tuple[tuple[int, ...], ...]]) -> tuple[tuple[int, ...], ...]:
+    first = next(iter(sizes))
+    if any([len(x) for x in other] != [len(x) for x in first] for other in sizes):
+        return ()  # its calls differ in more than their sizes
+    return tuple(
+        tuple(dim for dim in range(len(shape)) if len({other[i][dim] for other in sizes}) > 1)
+        for i, shape in enumerate(first)
+    )
+
+
+def _way(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, tuple[tuple[int, ...], ...]]:
+    """What a call passes besides its data, and the shapes of the data."""
     try:
         interface = Interface.of(signature_of(module), Call(args, kwargs))
     except (CaptureError, TypeError):  # no target anyway: it takes what a graph cannot
-        return ""
+        return "", ()
+    shapes = tuple(tuple(getattr(x, "shape", ())) for x in interface.flatten(args, kwargs))
     fixed = [pair for name, structure in interface.structures.items() for pair in settings(structure, name)]
-    return ", ".join([*interface.inputs, *(f"{name}={value!r}" for name, value in fixed)])
+    return ", ".join([*interface.inputs, *(f"{name}={value!r}" for name, value in fixed)]), shapes
 
 
 def _watch(
@@ -276,7 +296,8 @@ def find_targets(
         if allowed and not (not name and prefer_children and not _own_layers(module)):
             result = _attempt(name, module, layers, recordings, trace)
             if not isinstance(result, str):
-                target = Target(name, recordings[name].call, result.kept, result.between)
+                seen = recordings[name]
+                target = Target(name, seen.call, result.kept, result.between, seen.free_dims)
                 own = [layer for layer in layers if not _is_kept(layer, target)]
                 if any(isinstance(modules[layer], kinds) for layer in own) or _own_weights(module, result.kept):
                     found.append(target)
@@ -303,6 +324,7 @@ def find_targets(
             f"{type(model).__name__} has nothing that can be quantized: no convolution or linear layer that its "
             f"forward reaches.{details}"
         )
+    found = [t for t in found if not _is_part_of_another(t, found, modules, recordings)]
     covered = {layer for t in found for layer in weight_layers(modules[t.name], t.name) if not _is_kept(layer, t)}
     for layer in weight_layers(model):
         if layer not in covered and layer not in reasons:
@@ -312,6 +334,23 @@ def find_targets(
     return Capture(
         tuple(found), frozenset(skipped), {k: v for k, v in reasons.items() if k in set(weight_layers(model))}
     )
+
+
+def _is_part_of_another(
+    target: Target, found: list[Target], modules: dict[str, nn.Module], recordings: dict[str, Recording]
+) -> bool:
+    """Whether a shared module is reached by its other name only, inside of a graph that has it as a part."""
+    stacks = recordings[target.name].within
+    for other in found:
+        parts = dict(modules[other.name].named_modules(remove_duplicate=False))
+        inside = any(
+            part is modules[target.name] and not _is_kept(_join(other.name, name), other)
+            for name, part in parts.items()
+            if name
+        )
+        if other is not target and inside and stacks and all(other.name in stack for stack in stacks):
+            return True
+    return False
 
 
 def _copies(model: nn.Module, recordings: dict[str, Recording]) -> dict[str, str]:

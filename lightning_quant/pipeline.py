@@ -239,10 +239,11 @@ def _whole(quantized: Quantized, call: Call) -> _Part | None:
 def _single(quantized: Quantized, captured: Capture, name: str) -> _Part:
     graph = quantized.converted[name]
     known = fx.info(graph)
-    call = next(t.call for t in captured.targets if t.name == name)
-    opaque = bool(known.kept)
-    program = _program(
-        name, graph, lambda: _in_qdq(quantized)[1][name], known.interface, call, quantized, opaque=opaque
+    target = next(t for t in captured.targets if t.name == name)
+    call, opaque = target.call, bool(known.kept)
+    program = replace(
+        _program(name, graph, lambda: _in_qdq(quantized)[1][name], known.interface, call, quantized, opaque=opaque),
+        free_dims=target.free_dims,
     )
     if name:
         float_program: nn.Module = Positional(quantized.float_module.get_submodule(name), known.interface)

@@ -430,8 +430,11 @@ def test_what_is_plain_has_no_shape(value: Any) -> None:
         (Frozen([Pair(A, B)]), {"value": [(A, B)]}),
         (Output(A), {"logits": A}),
         ([Output(A, (B,))], [{"logits": A, "hidden": (B,)}]),
+        (torch.Size([2, 3]), (2, 3)),
+        ((None, A, None), (A,)),
+        ({"a": None, "b": [A, None]}, {"b": [A]}),
     ],
-    ids=["OrderedDict", "named tuple", "dataclass", "frozen", "output", "in list"],
+    ids=["OrderedDict", "named tuple", "dataclass", "frozen", "output", "in list", "size", "None", "None in dict"],
 )
 def test_plain_by_hand(value: Any, flat: Any) -> None:
     assert same(plain(value), flat)
@@ -445,6 +448,7 @@ def test_restore_takes_other_data() -> None:
     shape = shape_of(Boxes((A, B), "kept"))
     assert shape is not None
     assert same(shape.restore({"corners": [B, C], "label": 5}), Boxes((B, C), 5))
+    assert same(shape.restore({"label": 5, "corners": [B, C]}), Boxes((B, C), 5))
 
 
 @pytest.mark.parametrize("flat", [{"corners": A}, [A], [A, B, C], (A, (B, C), 1)], ids=["key", "one", "three", "tuple"])

@@ -58,6 +58,7 @@ class Program:
         config: Resolved.
         method: dynamic, static or qat.
         opaque: It runs Python code that no trace has seen, and may decide by the data.
+        free_dims: For each input, the dimensions besides the batch whose sizes vary.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Program:
     config: QuantConfig
     method: Method
     opaque: bool = False
+    free_dims: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,7 @@ def _write_one(program: Program, source: nn.Module, name: str, path: Path) -> Ar
         "input_shapes": [list(x.shape) for x in tree_flatten(program.data)[0] if isinstance(x, torch.Tensor)],
         "input_dtypes": [str(x.dtype) for x in tree_flatten(program.data)[0] if isinstance(x, torch.Tensor)],
         "output_spec": output_spec,
+        "free_dims": [list(dims) for dims in program.free_dims],
     }
     # two samples: with one, exporters take the batch for a constant
     try:

@@ -25,7 +25,8 @@ def export(module: nn.Module, inputs: tuple[Any, ...], path: Path, metadata: dic
         inputs: Example data with at least two samples: the first dimension of every tensor that has as many rows as
             the first one becomes the batch.
         path: Where to.
-        metadata: JSON values, stored in the file's ``metadata_props``. ``inputs`` are the names of the inputs.
+        metadata: JSON values, stored in the file's ``metadata_props``. ``inputs`` are the names of the inputs,
+            ``free_dims`` the dimensions besides the batch whose sizes vary.
 
     Raises:
         MissingExtraError: onnx or onnxscript is not installed.
@@ -38,7 +39,7 @@ def export(module: nn.Module, inputs: tuple[Any, ...], path: Path, metadata: dic
         raise MissingExtraError(str(error.name), "onnx", "format 'onnx'") from error
 
     batch = torch.export.Dim("batch", min=1)
-    shapes = dynamic_shapes(inputs, batch)
+    shapes = dynamic_shapes(inputs, batch, metadata["free_dims"])
     try:
         with quiet(), _quiet_exporter(), torch.no_grad():
             program = torch.export.export(_Variadic(module).eval(), inputs, dynamic_shapes=(shapes,), strict=False)
@@ -96,8 +97,14 @@ class _quiet_exporter:
             logger.setLevel(level)
 
 
-def dynamic_shapes(inputs: tuple[Any, ...], batch: Any) -> Any:
-    """``inputs`` with ``{0: batch}`` for each tensor with as many rows as the first one, ``None`` for others."""
+def dynamic_shapes(inputs: tuple[Any, ...], batch: Any, free_dims: list[list[int]]) -> Any:
+    """``inputs`` with ``{0: batch}`` for each tensor with as many rows as the first one, ``None`` for others.
+
+    Args:
+        inputs: Example data.
+        batch: A dimension of ``torch.export``.
+        free_dims: For each input, other dimensions that are free; empty: none are.
+    """
     from torch.utils._pytree import tree_flatten, tree_map
 
     tensors = [x for x in tree_flatten(inputs)[0] if isinstance(x, torch.Tensor) and x.dim()]
@@ -106,7 +113,12 @@ def dynamic_shapes(inputs: tuple[Any, ...], batch: Any) -> Any:
     def shape(x: Any) -> Any:
         return {0: batch} if isinstance(x, torch.Tensor) and x.dim() and x.shape[0] == size else None
 
-    return tuple(tree_map(shape, inputs))
+    shapes = tuple(tree_map(shape, inputs))
+    for number, dims in enumerate(free_dims):
+        if dims and isinstance(inputs[number], torch.Tensor):
+            free = {dim: torch.export.Dim.AUTO for dim in dims if dim or not shapes[number]}
+            shapes = (*shapes[:number], {**free, **(shapes[number] or {})}, *shapes[number + 1 :])
+    return shapes
 
 
 def _flat_names(names: list[str], inputs: tuple[Any, ...]) -> list[str]:

@@ -369,11 +369,32 @@ def test_int8_of_a_layer_is_its_reference(make: Any, shape: tuple[int, ...], met
         (lambda: nn.Conv2d(10, 96, 3, padding=1, groups=2), (2, 10, 8, 8)),
         (lambda: nn.Conv2d(48, 96, 3, padding=1, groups=2), (2, 48, 8, 8)),
         (lambda: nn.Conv1d(64, 128, 16, stride=3, padding=2, groups=4), (2, 64, 25)),
+        pytest.param(
+            lambda: nn.Conv2d(2, 160, (1, 3), groups=2),
+            (2, 2, 10, 12),
+            marks=pytest.mark.xfail(
+                AMX,
+                strict=True,
+                reason="layer_of asks with 64 outputs per group, for which oneDNN's kernel for AMX is right; for the "
+                "80 that there are it is wrong",
+            ),
+        ),
+        pytest.param(
+            lambda: nn.Conv2d(8, 16, 3, stride=2, padding=1),
+            (2, 8, 20, 1),
+            marks=pytest.mark.xfail(
+                AMX,
+                strict=True,
+                reason="is_right asks with images as wide as they are high. oneDNN's kernel for AMX with a stride is "
+                "wrong where the output is one column wide and more than a few rows high",
+            ),
+        ),
     ],
-    ids=["zero point", "zero point of larger groups", "size"],
+    ids=["zero point", "zero point of larger groups", "size", "outputs per group", "one column"],
 )
 @X86
-def test_int8_of_a_grouped_layer_is_its_reference(make: Any, shape: tuple[int, ...]) -> None:
+def test_int8_of_an_unusual_layer_is_its_reference(make: Any, shape: tuple[int, ...]) -> None:
+    """oneDNN's kernels for AMX are wrong for some zero points, sizes and numbers of channels."""
     assert_int8_is_reference(make, shape, "static")
 
 

@@ -641,28 +641,23 @@ OWN_LAYERS: dict[str, Any] = {
 }
 
 
-@METHODS
 @pytest.mark.parametrize("name", OWN_LAYERS)
-def test_own_layers_are_int8(name: str, method: Method) -> None:
+def test_own_layers_are_int8_in_one_graph(name: str) -> None:
     model, x = OWN_LAYERS[name]()
-    int8 = convert(prepared_on(model, x, method=method))
-    assert coverage(int8, x).share == 1.0
-    assert_near(model, int8, x)
-
-
-@METHODS
-@pytest.mark.parametrize("name", OWN_LAYERS)
-def test_own_layers_are_part_of_one_graph(name: str, method: Method, request: pytest.FixtureRequest) -> None:
-    model, x = OWN_LAYERS[name]()
-    prepared = prepare(model, method=method, example_inputs=x)
+    prepared = prepared_on(model, x, method="static")
     assert fx.is_graph(prepared)
     assert fx.info(prepared).kept == {}
+    int8 = convert(prepared)
+    assert coverage(int8, x).share == 1.0
+    assert_near(model, int8, x)
 
 
 @pytest.mark.parametrize("name", OWN_LAYERS)
 def test_own_layers_are_trained(name: str) -> None:
     model, x = OWN_LAYERS[name]()
     prepared: Any = prepare(model, method="qat", example_inputs=x)
+    assert fx.is_graph(prepared)
+    assert fx.info(prepared).kept == {}
     prepared.train()(x).square().mean().backward()
     for parameter_name, parameter in model.named_parameters():
         assert parameter.grad is not None, parameter_name
@@ -670,10 +665,11 @@ def test_own_layers_are_trained(name: str) -> None:
         for parameter in model.parameters():
             parameter.sub_(0.01 * parameter.grad)
     with torch.no_grad():
-        for _ in range(100):  # ranges follow the weights
+        for _ in range(40):  # ranges follow the weights
             prepared(x)
     prepared.eval()
     int8 = convert(prepared)
+    assert coverage(int8, x).share == 1.0
     # of the weights as they are now
     assert decibels(model.eval()(x), int8(x)) > 25
     assert decibels(prepared(x), int8(x)) > 30

@@ -132,8 +132,7 @@ def widths_of(kind: str) -> dict[str, int]:
 
 
 @KINDS
-@pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("batch_first", "bias"), [(True, True), (False, False)])
 @pytest.mark.parametrize("weights", [None, "averaged", "of each head"])
 def test_attention(kind: str, batch_first: bool, bias: bool, weights: str | None) -> None:
     module = attention(bias=bias, batch_first=batch_first, **widths_of(kind))
