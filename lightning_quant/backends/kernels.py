@@ -21,8 +21,9 @@ from lightning_quant._torch_ao import quantized_modules, quiet
 from lightning_quant.config import EngineName, QuantConfig
 from lightning_quant.qconfig import CONV_FUNCTIONS, CONV_TRANSPOSE_FUNCTIONS, CONV_TRANSPOSES, CONVS
 
-#: Above this many channels per group, kernels differ in nothing that matters here.
-_MOST_CHANNELS = 64
+#: Kernels work on blocks of at most so many channels: with two blocks, the last of which is as full as the layer's own,
+#: they behave as with more.
+_BLOCK = 64
 _MOST_GROUPS = 128
 
 _FLOAT: dict[Any, Any] = {
@@ -59,9 +60,9 @@ def layer_of(module: Any) -> Layer:
 
 
 def _few(inputs: int, outputs: int) -> tuple[int, int]:
-    few = min(inputs, _MOST_CHANNELS), min(outputs, _MOST_CHANNELS)
+    few = [n if n <= 2 * _BLOCK else _BLOCK + (n % _BLOCK or _BLOCK) for n in (inputs, outputs)]
     # kernels that exchange inputs and outputs are right where there are as many of both
-    return few if few[0] != few[1] or inputs == outputs else (few[0], few[1] - 16)
+    return (few[0], few[1]) if few[0] != few[1] or inputs == outputs else (few[0], few[1] - 16)
 
 
 @functools.cache
@@ -79,14 +80,15 @@ def is_right(engine: str, layer: Layer, largest: int) -> bool:
         with quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             # some kernels are wrong only for data of some size, or where 0 is not the integer 0
-            return all(_worst_error(layer, largest, zero, size) < 1.5 for zero, size in ((0, 3), (117, 10)))
+            trials = ((0, 3, False), (117, 10, False), (117, 20, True))
+            return all(_worst_error(layer, largest, *trial) < 1.5 for trial in trials)
     except RuntimeError:  # this engine has no kernel for it
         return False
     finally:
         torch.backends.quantized.engine = before
 
 
-def _worst_error(layer: Layer, largest: int, zero: int, size: int) -> float:
+def _worst_error(layer: Layer, largest: int, zero: int, size: int, one_column: bool) -> float:
     """The largest difference between int8 and float, in steps of the output's scale.
 
     Args:
@@ -94,6 +96,7 @@ def _worst_error(layer: Layer, largest: int, zero: int, size: int) -> float:
         largest: Integers of weights are from ``-largest`` to ``largest``.
         zero: The integer that stands for 0 in the input.
         size: How much larger than the kernel the input is, in each dimension.
+        one_column: The input is only as wide as gives one column of output.
     """
     transposed = layer.kind in CONV_TRANSPOSES
     if layer.kind is nn.Linear:
@@ -101,8 +104,10 @@ def _worst_error(layer: Layer, largest: int, zero: int, size: int) -> float:
         shape: tuple[int, ...] = (layer.outputs, layer.inputs)
     else:
         options = dict(layer.options)
-        sizes = [d * (k - 1) + size for d, k in zip(options["dilation"], layer.kernel, strict=True)]
-        x = torch.randint(0, 256, (2, layer.inputs, *sizes))
+        lengths = [d * (k - 1) + size for d, k in zip(options["dilation"], layer.kernel, strict=True)]
+        if one_column and isinstance(options["padding"], tuple) and not transposed:
+            lengths[-1] = max(1, lengths[-1] - size + 1 - 2 * options["padding"][-1])
+        x = torch.randint(0, 256, (2, layer.inputs, *lengths))
         first, second = (layer.inputs, layer.outputs) if transposed else (layer.outputs, layer.inputs)
         shape = (first, second // layer.groups, *layer.kernel)
     integers = torch.randint(-largest, largest + 1, shape).double()

@@ -6,6 +6,7 @@ only then moved to its name; if any file of an export fails, none of them appear
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -238,7 +239,10 @@ def _own_sqnr_db(source: nn.Module, data: tuple[Any, ...]) -> float:
     The last bit decides now and then to which integer a value is rounded, and a network with random weights amplifies
     one such step from layer to layer.
     """
-    with torch.random.fork_rng(devices=[]), torch.backends.mkldnn.flags(enabled=False):
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags warns of GPUs
+    with torch.random.fork_rng(devices=[]), contextlib.ExitStack() as stack:
+        stack.callback(torch._C._set_mkldnn_enabled, enabled)
         torch.manual_seed(0)
         nudged = tree_map(
             lambda x: (

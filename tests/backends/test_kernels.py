@@ -36,8 +36,8 @@ def test_a_linear_layer_keeps_what_matters(inputs: int, outputs: int) -> None:
     with torch.device("meta"):
         layer = layer_of(nn.Linear(inputs, outputs))
     assert layer.kind is nn.Linear
-    assert 1 <= layer.inputs <= min(inputs, 64)
-    assert 1 <= layer.outputs <= min(outputs, 64)
+    assert 1 <= layer.inputs <= min(inputs, 128)
+    assert 1 <= layer.outputs <= min(outputs, 128)
     assert (layer.inputs == layer.outputs) == (inputs == outputs)
 
 
@@ -50,8 +50,8 @@ def test_a_convolution_keeps_what_matters(inputs: int, outputs: int, groups: int
     assert layer.groups == min(groups, 128)
     per_group = layer.inputs / layer.groups, layer.outputs / layer.groups
     assert all(n == int(n) for n in per_group)
-    assert 1 <= per_group[0] <= min(inputs, 64)
-    assert 1 <= per_group[1] <= min(outputs, 64)
+    assert 1 <= per_group[0] <= min(inputs, 128)
+    assert 1 <= per_group[1] <= min(outputs, 128)
     assert (per_group[0] == per_group[1]) == (inputs == outputs)
     assert layer.kernel == (3, 5)
     options = dict(layer.options)
@@ -64,15 +64,16 @@ def test_a_convolution_keeps_what_matters(inputs: int, outputs: int, groups: int
 @pytest.mark.parametrize(
     ("module", "expected"),
     [
-        (nn.Linear(1000, 30), (64, 30, 1)),
-        (nn.Linear(1000, 1000), (64, 64, 1)),
-        (nn.Linear(1000, 900), (64, 48, 1)),
-        (nn.Conv2d(3, 96, 7), (3, 64, 1)),
+        (nn.Linear(1000, 30), (104, 30, 1)),
+        (nn.Linear(1000, 1000), (104, 104, 1)),
+        (nn.Linear(1000, 900), (104, 68, 1)),
+        (nn.Linear(1024, 512), (128, 112, 1)),
+        (nn.Conv2d(3, 96, 7), (3, 96, 1)),
         (nn.Conv2d(300, 300, 3, groups=300), (128, 128, 128)),
         (nn.Conv2d(300, 600, 3, groups=300), (128, 256, 128)),
         (nn.Conv1d(16, 8, 3, groups=4), (16, 8, 4)),
         (nn.ConvTranspose2d(4, 3, 3), (4, 3, 1)),
-        (nn.ConvTranspose3d(256, 128, 3), (64, 48, 1)),
+        (nn.ConvTranspose3d(256, 128, 3), (128, 112, 1)),
     ],
     ids=str,
 )
@@ -369,26 +370,8 @@ def test_int8_of_a_layer_is_its_reference(make: Any, shape: tuple[int, ...], met
         (lambda: nn.Conv2d(10, 96, 3, padding=1, groups=2), (2, 10, 8, 8)),
         (lambda: nn.Conv2d(48, 96, 3, padding=1, groups=2), (2, 48, 8, 8)),
         (lambda: nn.Conv1d(64, 128, 16, stride=3, padding=2, groups=4), (2, 64, 25)),
-        pytest.param(
-            lambda: nn.Conv2d(2, 160, (1, 3), groups=2),
-            (2, 2, 10, 12),
-            marks=pytest.mark.xfail(
-                AMX,
-                strict=True,
-                reason="layer_of asks with 64 outputs per group, for which oneDNN's kernel for AMX is right; for the "
-                "80 that there are it is wrong",
-            ),
-        ),
-        pytest.param(
-            lambda: nn.Conv2d(8, 16, 3, stride=2, padding=1),
-            (2, 8, 20, 1),
-            marks=pytest.mark.xfail(
-                AMX,
-                strict=True,
-                reason="is_right asks with images as wide as they are high. oneDNN's kernel for AMX with a stride is "
-                "wrong where the output is one column wide and more than a few rows high",
-            ),
-        ),
+        (lambda: nn.Conv2d(2, 160, (1, 3), groups=2), (2, 2, 10, 12)),
+        (lambda: nn.Conv2d(8, 16, 3, stride=2, padding=1), (2, 8, 20, 1)),
     ],
     ids=["zero point", "zero point of larger groups", "size", "outputs per group", "one column"],
 )

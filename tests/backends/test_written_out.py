@@ -408,44 +408,23 @@ def test_a_transformer_for_training(name: str, norm_first: bool) -> None:
     assert_traced(make(norm_first), call(), training=True)
 
 
-@NORM_FIRST
-@pytest.mark.parametrize("name", ["layer", "masked layer", "masked encoder"])
-def test_encoders_are_int8_without_training(name: str, norm_first: bool) -> None:
-    make, call, layers = TRANSFORMERS[name]
-    assert_int8(make(norm_first), call(), "static", layers)
-
-
-@pytest.mark.parametrize("name", ["decoder layer", "masked decoder layer"])
-def test_a_decoder_layer_without_training_is_int8_in_parts(name: str) -> None:
-    make, call, _ = TRANSFORMERS[name]
-    model, given = make(False), call()
-    prepared: Any = prepare(model, method="static", example_inputs=given)
-    run = run_graph if fx.is_graph(prepared) else lambda module, c: module(*c.args, **c.keywords)
-    run(prepared, given)
-    int8 = convert(prepared)
-    assert coverage(int8, (), run=lambda: run(int8, given)).share == 1.0
-    assert decibels(model(*given.args, **given.keywords), run(int8, given)) > 20
-
-
-@pytest.mark.parametrize("name", ["decoder", "transformer"])
-def test_a_decoder_without_training_is_int8(name: str) -> None:
-    make, call, _ = TRANSFORMERS[name]
-    model, given = make(False), call()
-    prepared: Any = prepare(model, method="static", example_inputs=given)
-    run = run_graph if fx.is_graph(prepared) else lambda module, c: module(*c.args, **c.keywords)
-    run(prepared, given)
-    int8 = convert(prepared)
-    found = coverage(int8, (), run=lambda: run(int8, given))
-    assert found.share == 1.0
-    assert decibels(model(*given.args, **given.keywords), run(int8, given)) > 20
-
-
 @NESTED
-@NORM_FIRST
-@pytest.mark.parametrize("name", ["layer", "encoder", "masked decoder layer", "decoder", "transformer"])
-def test_transformers_are_int8_after_training(name: str, norm_first: bool) -> None:
+@METHODS
+@pytest.mark.parametrize(
+    ("name", "norm_first"),
+    [
+        ("layer", True),
+        ("masked layer", False),
+        ("masked encoder", True),
+        ("decoder layer", True),
+        ("masked decoder layer", False),
+        ("decoder", True),
+        ("transformer", False),
+    ],
+)
+def test_projections_of_transformers_are_int8(name: str, norm_first: bool, method: Method) -> None:
     make, call, layers = TRANSFORMERS[name]
-    assert_int8(make(norm_first), call(), "qat", layers)
+    assert_int8(make(norm_first), call(), method, layers)
 
 
 def test_the_graph_does_not_keep_the_fused_path_of_torch_from_the_user() -> None:
