@@ -138,7 +138,7 @@ def test_running_statistics_are_those_that_float_training_would_have() -> None:
         torch.testing.assert_close(model.body.state_dict()[key], value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["torch", "timm"])
+@pytest.mark.parametrize("kind", ["torch", pytest.param("timm", marks=pytest.mark.torchvision)])
 def test_a_batch_norm_without_a_layer_before_it_trains_and_stays_frozen(kind: str) -> None:
     """As in networks that normalise first; timm's is one module with its activation."""
     if kind == "timm":

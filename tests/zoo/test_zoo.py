@@ -22,8 +22,8 @@ needs = {"torchvision": ["torchvision"], "timm": ["timm", "torchvision"], "trans
 
 
 def _parameter(entry: Architecture, *, fast: bool) -> Any:
-    marks = [pytest.mark.torchvision] if "torchvision" in needs[entry.library] else []
-    return pytest.param(entry, id=entry.name, marks=marks if fast else [*marks, pytest.mark.zoo])
+    marks = [pytest.mark.torchvision] if fast else [pytest.mark.torchvision, pytest.mark.zoo]
+    return pytest.param(entry, id=entry.name, marks=marks)
 
 
 def _skip_if_missing(entry: Architecture) -> None:
