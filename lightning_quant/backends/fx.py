@@ -30,7 +30,8 @@ from lightning_quant._torch_ao import (
 )
 from lightning_quant.arguments import Call, Interface
 from lightning_quant.backends import islands, kernels
-from lightning_quant.backends.tracing import Traced, fold_weights, is_constant, is_layer, trace, value_of
+from lightning_quant.backends.constants import fold_weights, is_constant, is_layer, value_of
+from lightning_quant.backends.tracing import Traced, trace
 from lightning_quant.config import Method, QuantConfig, TensorSpec, resolve
 from lightning_quant.errors import CalibrationError, CaptureError
 from lightning_quant.fake_quantize import SharedFakeQuantize
