@@ -7,6 +7,7 @@ suppressed here is that announcement alone, and the one about quantized tensor d
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -98,6 +99,8 @@ __all__ = [
     "get_native_backend_config",
     "get_onednn_backend_config",
     "get_qnnpack_backend_config",
+    "is_fake_quantize",
+    "is_observer",
     "prepare_graph",
     "qat_conv_bn_modules",
     "quantized_modules",
@@ -105,6 +108,23 @@ __all__ = [
     "reference_modules",
     "swap_float_functional",
 ]
+
+
+def is_fake_quantize(module: object) -> bool:
+    """Whether ``module`` is a fake quantize, of torch.ao or of torchao."""
+    return isinstance(module, (FakeQuantizeBase, *_torchao_classes("FakeQuantizeBase")))
+
+
+def is_observer(module: object) -> bool:
+    """Whether ``module`` is an observer or a fake quantize, of torch.ao or of torchao."""
+    bases = (FakeQuantizeBase, ObserverBase, *_torchao_classes("FakeQuantizeBase", "ObserverBase"))
+    return isinstance(module, bases)
+
+
+def _torchao_classes(*names: str) -> tuple[type, ...]:
+    pt2e = sys.modules.get("torchao.quantization.pt2e")  # who made an object of one has imported it
+    return tuple(getattr(pt2e, name) for name in names) if pt2e is not None else ()
+
 
 #: The announcements that a user of this package can do nothing about, by the start of their text.
 DEPRECATIONS = (

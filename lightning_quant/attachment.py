@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
 
-from torch import fx as torch_fx
 from torch import nn
 
-from lightning_quant.backends import fx
+from lightning_quant.backends.graph import followers, info, link, own_modules
 from lightning_quant.placement import ToGraph, divert, is_compiled, restore, uncompile
 
 CHILD = "_lightning_quant"
@@ -26,22 +25,22 @@ class Attached(nn.Module):
         names: Of the targets, ``""`` for the module's own forward.
     """
 
-    def __init__(self, graphs: dict[str, torch_fx.GraphModule], model: nn.Module) -> None:
+    def __init__(self, graphs: dict[str, nn.Module], model: nn.Module) -> None:
         super().__init__()
         self.names = tuple(graphs)
         self.graphs = nn.ModuleList(graphs.values())
         # beside the registered children, so that a deepcopy of the model has its own
         self.__dict__["own"] = [
-            module for name, graph in graphs.items() for module in fx.own_modules(graph, model.get_submodule(name))
+            module for name, graph in graphs.items() for module in own_modules(graph, model.get_submodule(name))
         ]
         self.__dict__["followers"] = [
-            pair for name, graph in graphs.items() for pair in fx.followers(graph, model.get_submodule(name))
+            pair for name, graph in graphs.items() for pair in followers(graph, model.get_submodule(name))
         ]
         self.register_load_state_dict_post_hook(_expect_nothing)
 
-    def named(self) -> dict[str, torch_fx.GraphModule]:
+    def named(self) -> dict[str, nn.Module]:
         """Target name -> graph."""
-        return dict(zip(self.names, self.graphs, strict=True))  # type: ignore[arg-type]
+        return dict(zip(self.names, self.graphs, strict=True))
 
     def train(self, mode: bool = True) -> Attached:
         """Set the mode of what only the graphs have.
@@ -79,7 +78,7 @@ def _expect_nothing(module: nn.Module, incompatible_keys: Any) -> None:
         incompatible_keys.missing_keys.remove(key)
 
 
-def attach(model: nn.Module, graphs: dict[str, torch_fx.GraphModule]) -> Attached:
+def attach(model: nn.Module, graphs: dict[str, nn.Module]) -> Attached:
     """Register the graphs on ``model`` and link them to its layers. ``forward`` still runs the model as it is.
 
     Args:
@@ -88,7 +87,7 @@ def attach(model: nn.Module, graphs: dict[str, torch_fx.GraphModule]) -> Attache
     """
     detach(model)
     for name, graph in graphs.items():
-        fx.link(graph, model.get_submodule(name))
+        link(graph, model.get_submodule(name))
     attached = Attached(graphs, model)
     model.add_module(CHILD, attached)
     return attached
@@ -99,7 +98,7 @@ def relink(model: nn.Module) -> None:
     attached = attached_to(model)
     if attached is not None:
         for name, graph in attached.named().items():
-            fx.link(graph, model.get_submodule(name))
+            link(graph, model.get_submodule(name))
 
 
 def attached_to(model: nn.Module) -> Attached | None:
@@ -122,7 +121,7 @@ def run_quantized(model: nn.Module, enabled: bool) -> None:
     for name, graph in attached.named().items():
         target = model.get_submodule(name)
         if enabled:
-            divert(target, ToGraph(graph, fx.info(graph).interface))
+            divert(target, ToGraph(graph, info(graph).interface))
         else:
             restore(target)
 

@@ -13,7 +13,7 @@ import torch
 
 from lightning_quant._roots import Callback
 from lightning_quant.attachment import after_method, attach, attached_to, detach, relink, run_quantized, unbind
-from lightning_quant.backends import fx
+from lightning_quant.backends.graph import info, is_initialised
 from lightning_quant.capture import Capture
 from lightning_quant.config import ExportConfig, Method, QuantConfig, check_method, resolve, resolve_formats
 from lightning_quant.errors import CalibrationError, ConfigError
@@ -151,7 +151,7 @@ class _Base(Callback):
     def _put_int8(self, pl_module: Any) -> None:
         assert self._converted is not None
         for name, graph in self._converted.items():
-            divert(pl_module.get_submodule(name), ToGraph(graph, fx.info(graph).interface, on_cpu=True))
+            divert(pl_module.get_submodule(name), ToGraph(graph, info(graph).interface, on_cpu=True))
 
     def _take_off(self, pl_module: Any) -> None:
         """Leave nothing of ours on the user's module."""
@@ -419,7 +419,7 @@ class QuantizationAwareTraining(_Base):
         graphs = self._graphs(pl_module)
         for graph in graphs.values():
             set_observing(graph, activations=False, weights=False)
-        ready = bool(graphs) and all(fx.is_initialised(graph) for graph in graphs.values())
+        ready = bool(graphs) and all(is_initialised(graph) for graph in graphs.values())
         quantize = self.schedule.phase(trainer.current_epoch).quantize
         run_quantized(pl_module, ready and quantize)
 
@@ -433,7 +433,7 @@ class QuantizationAwareTraining(_Base):
         graphs = self._graphs(pl_module)
         self._keep(pl_module)
         relink(pl_module)
-        seen = {name: graph for name, graph in graphs.items() if fx.is_initialised(graph)}
+        seen = {name: graph for name, graph in graphs.items() if is_initialised(graph)}
         if not seen:
             log.warning("quantization never began: no training batch ran with fake quantize. There is no int8 model.")
             return

@@ -8,11 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import fx as torch_fx
 from torch import nn
 
 from lightning_quant._torch_ao import FakeQuantizeBase
-from lightning_quant.backends import fx
+from lightning_quant.backends.graph import observers
 from lightning_quant.errors import ConfigError
 
 
@@ -76,15 +75,15 @@ class Schedule:
         return Phase(quantize=True, observe=not frozen, update_batch_norm=not still)
 
 
-def set_observing(prepared: torch_fx.GraphModule, *, activations: bool, weights: bool) -> None:
+def set_observing(prepared: nn.Module, *, activations: bool, weights: bool) -> None:
     """Let the fake quantizes of activations and of weights follow what they see, or not."""
-    for name, module in fx.observers(prepared).items():
+    for name, module in observers(prepared).items():
         if isinstance(module, FakeQuantizeBase):
             wanted = weights if name.endswith("weight_fake_quant") else activations
             module.enable_observer() if wanted else module.disable_observer()
 
 
-def freeze_batch_norm(prepared: torch_fx.GraphModule) -> list[nn.Module]:
+def freeze_batch_norm(prepared: nn.Module) -> list[nn.Module]:
     """Normalise with the running statistics, and leave them as they are. Undone by ``train()``: set it every epoch.
 
     Returns:
@@ -97,22 +96,22 @@ def freeze_batch_norm(prepared: torch_fx.GraphModule) -> list[nn.Module]:
     return changed
 
 
-def observer_state(prepared: torch_fx.GraphModule) -> dict[str, torch.Tensor]:
+def observer_state(prepared: nn.Module) -> dict[str, torch.Tensor]:
     """Ranges, scales and zero points: what a checkpoint needs beside the float weights. Tensors on the CPU."""
     return {
         f"{name}.{key}": value.detach().cpu().clone()
-        for name, module in fx.observers(prepared).items()
+        for name, module in observers(prepared).items()
         for key, value in module.state_dict().items()
     }
 
 
-def load_observer_state(prepared: torch_fx.GraphModule, state: dict[str, torch.Tensor]) -> None:
+def load_observer_state(prepared: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """The reverse of :func:`observer_state`.
 
     Raises:
         ConfigError: The state is that of another model or another configuration.
     """
-    found = fx.observers(prepared)
+    found = observers(prepared)
     names = {name for name in found if any(key.startswith(name + ".") for key in state)}
     known = {key for key in state if any(key.startswith(name + ".") for name in found)}
     if len(known) != len(state) or len(names) != len(found):

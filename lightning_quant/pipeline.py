@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx as torch_fx
 from torch import nn
 
 from lightning_quant import evaluate as evaluation
@@ -23,7 +22,8 @@ from lightning_quant.analysis.coverage import Coverage, coverage
 from lightning_quant.analysis.latency import latency_ms
 from lightning_quant.analysis.sqnr import sqnr_db
 from lightning_quant.arguments import Call, Captured, Interface, Positional, signature_of, with_batch
-from lightning_quant.backends import assemble, capture_targets, fx, inner_first, prepare_target
+from lightning_quant.backends import assemble, capture_targets, convert_graph, inner_first, prepare_target
+from lightning_quant.backends.graph import engine, info, put
 from lightning_quant.backends.tracing import LAYER, trace_around
 from lightning_quant.capture import Capture, record_calls
 from lightning_quant.config import ExportConfig, Method, QuantConfig, resolve_formats
@@ -39,7 +39,7 @@ from lightning_quant.structures import shape_of
 
 log = logging.getLogger(__name__)
 
-Graphs = dict[str, torch_fx.GraphModule]
+Graphs = dict[str, nn.Module]
 
 
 def capture(module: Any, sample: Sample, config: QuantConfig, method: Method) -> Capture:
@@ -72,7 +72,7 @@ def calibrate(
     twin = copy_of(module)
     routes = []
     for name, graph in graphs.items():
-        route = Observed(graph, fx.info(graph).interface)
+        route = Observed(graph, info(graph).interface)
         routes.append(route)
         divert(twin.get_submodule(name), route)
 
@@ -107,14 +107,14 @@ def convert_module(module: Any, graphs: Graphs) -> Quantized:
     Raises:
         CalibrationError: An observer saw no data.
     """
-    converted = {name: fx.convert(graph, _empty(graph)) for name, graph in graphs.items()}
+    converted = {name: convert_graph(graph, _empty(graph)) for name, graph in graphs.items()}
     float_module = copy_of(module)
     int8 = copy_of(module)
     for name in inner_first(converted):
         graph = converted[name]
-        known = fx.info(graph)
+        known = info(graph)
         for kept in known.kept:
-            fx.put(graph, kept, int8.get_submodule(_join(name, kept)))
+            put(graph, kept, int8.get_submodule(_join(name, kept)))
         # what is kept stays where it is as well: code outside of the graph may look into it
         replaced = tuple(part for part in known.replaced if part not in known.kept)
         graft(int8.get_submodule(name), graph, known.interface, replaced)
@@ -122,9 +122,9 @@ def convert_module(module: Any, graphs: Graphs) -> Quantized:
     return Quantized(int8.eval(), converted, graphs, float_module)
 
 
-def _empty(graph: torch_fx.GraphModule) -> dict[str, nn.Module]:
+def _empty(graph: nn.Module) -> dict[str, nn.Module]:
     """Nothing in the places of what the graph keeps: it is put there afterwards."""
-    return {name: nn.Identity() for name in fx.info(graph).kept}
+    return {name: nn.Identity() for name in info(graph).kept}
 
 
 def _join(name: str, child: str) -> str:
@@ -179,8 +179,8 @@ def outermost(graphs: Iterable[str]) -> tuple[str, ...]:
 def _in_qdq(quantized: Quantized) -> tuple[Any, Graphs]:
     """A copy of the module with its targets in the neutral form, and those graphs."""
     module = copy_of(quantized.float_module)
-    graphs = {name: qdq(graph, _empty(graph)) for name, graph in quantized.prepared.items()}
-    assemble(module, graphs, {name: fx.info(graph) for name, graph in quantized.prepared.items()})
+    graphs: Graphs = {name: qdq(graph, _empty(graph)) for name, graph in quantized.prepared.items()}
+    assemble(module, graphs, {name: info(graph) for name, graph in quantized.prepared.items()})
     return module, graphs
 
 
@@ -197,7 +197,7 @@ def _around(quantized: Quantized, names: tuple[str, ...], call: Call) -> _Part |
     def filled(graphs: Graphs) -> nn.Module:
         program = copy.deepcopy(around)
         for name in names:
-            program.add_submodule(name, Captured(graphs[name], fx.info(quantized.converted[name]).interface))
+            program.add_submodule(name, Captured(graphs[name], info(quantized.converted[name]).interface))
         return program.eval()
 
     program = _program(
@@ -238,7 +238,7 @@ def _whole(quantized: Quantized, call: Call) -> _Part | None:
 
 def _single(quantized: Quantized, captured: Capture, name: str) -> _Part:
     graph = quantized.converted[name]
-    known = fx.info(graph)
+    known = info(graph)
     target = next(t for t in captured.targets if t.name == name)
     call, opaque = target.call, bool(known.kept)
     program = replace(
@@ -262,7 +262,7 @@ def _program(
     *,
     opaque: bool = False,
 ) -> Program:
-    infos = [fx.info(graph) for graph in quantized.converted.values()]
+    infos = [info(graph) for graph in quantized.converted.values()]
     inside = any(known.kept for known in infos)
     return Program(
         name,
@@ -407,7 +407,7 @@ def _format_reports(
 
 
 def _sqnr(part: _Part) -> float:
-    with torch.no_grad(), fx.engine(part.program.config.engine):
+    with torch.no_grad(), engine(part.program.config.engine):
         return sqnr_db(part.float_program(*part.program.data), part.program.converted(*part.program.data))
 
 
@@ -420,7 +420,7 @@ def _kept(quantized: Quantized) -> dict[str, str]:
     return {
         _join(name, kept): reason
         for name, graph in quantized.converted.items()
-        for kept, reason in fx.info(graph).kept.items()
+        for kept, reason in info(graph).kept.items()
     }
 
 
@@ -428,7 +428,7 @@ def _fused(quantized: Quantized) -> list[tuple[str, ...]]:
     return [
         tuple(f"{name}.{member}" if name else member for member in group.members)
         for name, graph in quantized.converted.items()
-        for group in fx.info(graph).fused
+        for group in info(graph).fused
     ]
 
 
@@ -464,7 +464,7 @@ def _coverage(quantized: Quantized, captured: Capture, sample: Sample, parts: li
     known = {
         _join(name, layer): reason
         for name, graph in quantized.converted.items()
-        for layer, reason in fx.info(graph).float_layers.items()
+        for layer, reason in info(graph).float_layers.items()
     }
     renamed = []
     for row in found.rows:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_loads
 
 from lightning_quant._torch_ao import quiet
-from lightning_quant.backends.fx import engine
+from lightning_quant.backends.graph import engine
 from lightning_quant.config import cpu_has_vnni
 from lightning_quant.errors import ArtifactError, MissingExtraError
 from lightning_quant.structures import collect

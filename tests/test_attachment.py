@@ -22,7 +22,7 @@ from lightning_quant.attachment import (
     run_quantized,
     unbind,
 )
-from lightning_quant.backends import fx
+from lightning_quant.backends.graph import observers
 
 X = torch.linspace(-2, 2, 4 * 3 * 8 * 8).reshape(4, 3, 8, 8)
 
@@ -128,7 +128,7 @@ def test_running_statistics_are_those_that_float_training_would_have() -> None:
     other = copy.deepcopy(model)
     attach(model, graphs(model))
     graph = attached_to(model).named()["body"]
-    for module in fx.observers(graph).values():
+    for module in observers(graph).values():
         module.disable_fake_quant()
     run_quantized(model, True)
     for _ in range(3):

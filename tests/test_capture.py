@@ -18,7 +18,7 @@ from lightning_quant import CaptureError, ConfigError
 from lightning_quant.arguments import Call
 from lightning_quant.backends import fx
 from lightning_quant.capture import Capture, Target, find_targets, record_calls
-from lightning_quant.config import Method
+from lightning_quant.config import Method, QuantConfig
 
 X = torch.linspace(-1, 1, 12).reshape(3, 4)
 
@@ -26,7 +26,7 @@ X = torch.linspace(-1, 1, 12).reshape(3, 4)
 def capture(model: nn.Module, *args: Any, method: Method = "static", run: Any = None, **options: Any) -> Capture:
     recordings = record_calls(model, run or (lambda twin: twin(*args)))
     return find_targets(
-        model, recordings, lambda m, call: fx.check_traceable(m, call, method), method=method, **options
+        model, recordings, lambda m, call: fx.check(m, call, method, QuantConfig()), method=method, **options
     )
 
 

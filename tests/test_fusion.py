@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_quant import convert
-from lightning_quant.backends import fx
+from lightning_quant.backends.graph import info
 from lightning_quant.config import Method
 
 PARTS = {
@@ -33,7 +33,7 @@ def model_of(forward: Any, order: tuple[str, ...] = tuple(PARTS)) -> nn.Module:
 
 def groups(model: nn.Module, method: Method, shape: tuple[int, ...] = (4, 3, 8, 8)) -> list[str]:
     prepared = calibrated(settle(model, shape), torch.randn(shape), method=method)
-    return [str(group) for group in fx.info(prepared).fused]
+    return [str(group) for group in info(prepared).fused]
 
 
 def check_accuracy(model: nn.Module, method: Method) -> None:

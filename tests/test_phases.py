@@ -15,7 +15,7 @@ from models import PROPERTY, Mlp, Residual
 from torch import nn
 
 from lightning_quant import ConfigError, QuantConfig, convert, prepare
-from lightning_quant.backends import fx
+from lightning_quant.backends.graph import is_initialised, observers
 from lightning_quant.phases import (
     FLOAT,
     Phase,
@@ -189,7 +189,7 @@ def test_observer_state_is_a_copy() -> None:
     state = observer_state(graph)
     for value in state.values():
         value.zero_()
-    assert fx.is_initialised(graph)
+    assert is_initialised(graph)
     assert float(graph.activation_post_process_0.scale) > 0
 
 
@@ -209,7 +209,7 @@ def test_the_state_of_another_graph_is_refused(other: Any) -> None:
         load_observer_state(graph, state)
     assert re.match(
         rf"^the checkpoint has observers for another graph: {len(state)} values, of which \d+ fit, for "
-        rf"{len(fx.observers(graph))} observers\. Use the QuantConfig and the model that it was trained with\.$",
+        rf"{len(observers(graph))} observers\. Use the QuantConfig and the model that it was trained with\.$",
         str(raised.value),
     )
     assert all(torch.equal(value, before[key]) for key, value in observer_state(graph).items())

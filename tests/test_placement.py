@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_quant import CaptureError, convert
 from lightning_quant.arguments import Call, Interface, signature_of
-from lightning_quant.backends import fx
+from lightning_quant.backends.graph import info
 from lightning_quant.placement import Observed, ToGraph, divert, graft, restore, route_of
 
 X = torch.linspace(-1, 1, 12).reshape(3, 4)
@@ -103,7 +103,7 @@ def test_graft_takes_out_what_the_graph_stands_for() -> None:
     x = torch.randn(4, 3, 8, 8)
     model.extra = nn.Parameter(torch.ones(1))  # not part of the graph
     int8 = convert(calibrated(model, x))
-    known = fx.info(int8)
+    known = info(int8)
     twin = copy.deepcopy(model)
     graft(twin, int8, known.interface, known.replaced)
     assert [name for name, _ in twin.named_children()] == ["int8"]
@@ -131,7 +131,7 @@ def test_graft_finds_a_free_name() -> None:
 def test_graft_of_a_single_layer() -> None:
     layer = nn.Linear(4, 2)
     int8 = convert(calibrated(layer, X))
-    known = fx.info(int8)
+    known = info(int8)
     graft(layer, int8, known.interface, known.replaced)
     assert list(layer.parameters()) == []
     assert torch.equal(layer(X), int8(X))

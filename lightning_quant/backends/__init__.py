@@ -1,7 +1,7 @@
 """Capture front ends, and the two verbs that are the same for all of them: :func:`prepare` and :func:`convert`.
 
-A backend is a module with ``prepare(model, config, method, example)`` and ``convert(prepared)``, both on one target.
-The functions here do a whole model: they find its targets and put each graph where its submodule was.
+A backend is a module of this package with the functions of :class:`~lightning_quant.backends.graph.Backend`, all on one
+target. The functions here do a whole model: they find its targets and put each graph where its submodule was.
 """
 
 from __future__ import annotations
@@ -9,16 +9,24 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
+from torch import fx as torch_fx
 from torch import nn
 
 from lightning_quant.arguments import Call, Captured, Interface
-from lightning_quant.backends import fx
+from lightning_quant.backends.graph import Backend, Prepared, info, is_graph, named, put
 from lightning_quant.capture import Capture, detached, find_targets, record_calls
-from lightning_quant.config import Method, QuantConfig, check_method, resolve
+from lightning_quant.config import Method, ObserverName, QuantConfig, check_method, resolve
 from lightning_quant.errors import CaptureError, ConfigError
 from lightning_quant.placement import imitate, uncompile
+
+
+def backend_of(config: QuantConfig) -> Backend:
+    """The module of this package that has the backend."""
+    backend: Backend = import_module(f"{__name__}.{config.backend}")
+    return backend
 
 
 def as_call(example_inputs: Any) -> Call:
@@ -65,7 +73,7 @@ def prepare(model: nn.Module, config: QuantConfig | None = None, *, method: Meth
     twin.train(method == "qat")
     uncompile(twin)
     graphs = {target.name: prepare_target(model, capture, target.name, config, method) for target in capture.targets}
-    return assemble(twin, graphs, {name: fx.info(graph) for name, graph in graphs.items()})
+    return assemble(twin, graphs, {name: info(graph) for name, graph in graphs.items()})
 
 
 def inner_first(names: Iterable[str]) -> list[str]:
@@ -73,7 +81,7 @@ def inner_first(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: name.count(".") + bool(name), reverse=True)
 
 
-def assemble(model: nn.Module, graphs: Mapping[str, nn.Module], infos: Mapping[str, fx.Prepared]) -> nn.Module:
+def assemble(model: nn.Module, graphs: Mapping[str, nn.Module], infos: Mapping[str, Prepared]) -> nn.Module:
     """Put graphs into ``model``, which is changed in place, in the places of the submodules that they stand for.
 
     What the graph of a target keeps is taken from ``model`` too, with the graphs inside it.
@@ -91,10 +99,10 @@ def assemble(model: nn.Module, graphs: Mapping[str, nn.Module], infos: Mapping[s
     for name in inner_first(graphs):
         graph, known = graphs[name], infos[name]
         for kept in known.kept:
-            fx.put(graph, kept, model.get_submodule(f"{name}.{kept}" if name else kept))
+            put(graph, kept, model.get_submodule(f"{name}.{kept}" if name else kept))
         if not name:
             return graph if known.interface.is_plain else Captured(graph, known.interface)
-        fx.put(model, name, stand_in(graph, known.interface, model.get_submodule(name)))
+        put(model, name, stand_in(graph, known.interface, model.get_submodule(name)))
     return model
 
 
@@ -102,10 +110,14 @@ def capture_targets(
     model: nn.Module, recordings: Any, config: QuantConfig, method: Method, *, prefer_children: bool = False
 ) -> Capture:
     """:func:`lightning_quant.capture.find_targets` with the tracer of the config's backend."""
+    backend = backend_of(config)
+    # ranges do not matter yet, and those of a histogram cost more
+    observer: ObserverName = "min_max" if method == "static" else "auto"
+    trial = replace(config, targets=(), skip=(), activation=replace(config.activation, observer=observer))
     return find_targets(
         model,
         recordings,
-        lambda module, call: fx.check_traceable(module, call, method),
+        lambda module, call: backend.check(module, call, method, trial),
         method=method,
         targets=config.targets,
         skip=config.skip,
@@ -117,8 +129,8 @@ def prepare_target(model: nn.Module, capture: Capture, name: str, config: QuantC
     """The prepared graph of one target of ``model``."""
     target = next(t for t in capture.targets if t.name == name)
     own = replace(config, targets=(), skip=capture.relative_skips(target))
-    graph = fx.prepare(model.get_submodule(name), own, method, target.call, between=target.between)
-    return fx.named(graph, name)
+    prepared = backend_of(config).prepare(model.get_submodule(name), own, method, target.call, between=target.between)
+    return named(prepared, name)
 
 
 def convert(prepared: nn.Module, config: QuantConfig | None = None) -> nn.Module:
@@ -133,7 +145,7 @@ def convert(prepared: nn.Module, config: QuantConfig | None = None) -> nn.Module
         CaptureError: ``prepared`` does not come from :func:`prepare`.
         CalibrationError: An observer saw no data.
     """
-    return each_graph(prepared, config, fx.convert)
+    return each_graph(prepared, config, convert_graph)
 
 
 def stand_in(graph: nn.Module, interface: Interface, module: nn.Module) -> Captured:
@@ -143,9 +155,19 @@ def stand_in(graph: nn.Module, interface: Interface, module: nn.Module) -> Captu
     return captured
 
 
+def convert_graph(prepared: nn.Module, kept: dict[str, nn.Module] | None = None) -> nn.Module:
+    """The int8 graph of one prepared graph, by the backend that made it."""
+    return backend_of(info(prepared).config).convert(prepared, kept)
+
+
+def reference_graph(prepared: nn.Module, kept: dict[str, nn.Module] | None = None) -> torch_fx.GraphModule:
+    """As :func:`convert_graph`, with explicit quantize and dequantize operators around float arithmetic."""
+    return backend_of(info(prepared).config).reference(prepared, kept)
+
+
 def reference(prepared: nn.Module, config: QuantConfig | None = None) -> nn.Module:
     """As :func:`convert`, with explicit quantize and dequantize operators around float arithmetic."""
-    return each_graph(prepared, config, fx.reference)
+    return each_graph(prepared, config, reference_graph)
 
 
 def each_graph(
@@ -164,7 +186,7 @@ def each_graph(
         ConfigError: ``config`` is another one.
         CaptureError: ``prepared`` does not come from :func:`prepare`.
     """
-    names = [name for name, module in prepared.named_modules() if fx.is_graph(module)]
+    names = [name for name, module in prepared.named_modules() if is_graph(module)]
     if not names:
         raise CaptureError(f"{type(prepared).__name__} was not made by lightning_quant.prepare: prepare it first.")
     twin = copy.deepcopy(prepared).cpu().eval()
@@ -172,17 +194,17 @@ def each_graph(
     for name in inner_first(names):
         graph = twin.get_submodule(name)
         _check_same(graph, config)
-        changed = change(graph, {kept: graph.get_submodule(kept) for kept in fx.info(graph).kept})
+        changed = change(graph, {kept: graph.get_submodule(kept) for kept in info(graph).kept})
         if not name:
             return changed
-        fx.put(twin, name, changed)
+        put(twin, name, changed)
     return twin
 
 
 def _check_same(graph: nn.Module, config: QuantConfig | None) -> None:
     if config is None:
         return
-    used = fx.info(graph).config
+    used = info(graph).config
     given = replace(resolve(config), targets=(), skip=used.skip)
     if given.engine == "x86":  # it may have been narrowed to the one that works
         given = replace(given, engine=used.engine)

@@ -24,7 +24,7 @@ from lightning_quant import backends
 from lightning_quant._torch_ao import quiet
 from lightning_quant.analysis.sqnr import float_tensors, sqnr_db
 from lightning_quant.arguments import Captured, Interface, Positional, signature_of, with_batch
-from lightning_quant.backends import fx
+from lightning_quant.backends.graph import Prepared, engine, info, is_graph
 from lightning_quant.config import ExportConfig, FormatName, Method, QuantConfig, resolve_formats
 from lightning_quant.errors import ArtifactError, ConfigError, ExportError, QuantizationError
 from lightning_quant.exporters import onnx, torchscript
@@ -163,7 +163,7 @@ def check_exportable(program: Program) -> None:
 
 def _write_one(program: Program, source: nn.Module, name: str, path: Path) -> Artifact:
     label = f"{name} export of {program.name or 'forward'}"
-    with torch.no_grad(), fx.engine(program.config.engine):
+    with torch.no_grad(), engine(program.config.engine):
         expected = source(*program.data)
     leaves, spec = tree_flatten(expected)
     if not leaves or not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
@@ -218,7 +218,7 @@ def _verify(label: str, path: Path, source: nn.Module, expected: Any, program: P
     except ArtifactError as error:
         raise ExportError(f"{label}: the file that was just written cannot be loaded: {error}") from error
     single = with_batch(program.data, 1)
-    with torch.no_grad(), fx.engine(program.config.engine):
+    with torch.no_grad(), engine(program.config.engine):
         pairs = [(expected, loaded(*program.data)), (source(*single), loaded(*single))]
         figures = [sqnr_db(ours, theirs) for ours, theirs in pairs]
         if min(figures) < MIN_SQNR_DB:
@@ -263,9 +263,9 @@ def _version() -> str:
         return "unknown"
 
 
-def qdq(prepared: torch_fx.GraphModule, kept: dict[str, nn.Module] | None = None) -> torch_fx.GraphModule:
-    """The neutral form of a prepared graph (:mod:`lightning_quant.exporters.qdq`); ``kept`` as for ``fx.reference``."""
-    return to_qdq(fx.reference(prepared, kept))
+def qdq(prepared: nn.Module, kept: dict[str, nn.Module] | None = None) -> torch_fx.GraphModule:
+    """The neutral form of a prepared graph; ``kept`` as for a backend's ``reference``."""
+    return to_qdq(backends.reference_graph(prepared, kept))
 
 
 def export(
@@ -295,10 +295,10 @@ def export(
         raise ConfigError("export(example_inputs=None): give real input; every file is compared with the model on it.")
     export_config = export_config or ExportConfig()
     converted = backends.convert(prepared, config)
-    infos = [fx.info(module) for module in converted.modules() if fx.is_graph(module)]
+    infos = [info(module) for module in converted.modules() if is_graph(module)]
     formats, _ = resolve_formats(infos[0].config, infos[0].method, export_config)
     call = backends.as_call(example_inputs)
-    whole = fx.is_graph(converted) or isinstance(converted, Captured)
+    whole = is_graph(converted) or isinstance(converted, Captured)
     interface = infos[0].interface if whole else Interface.of(signature_of(prepared), call)
     program = Program(
         "",
@@ -317,10 +317,10 @@ def _positional(model: nn.Module, interface: Interface) -> nn.Module:
     """``model`` as a function of its data by position."""
     if isinstance(model, Captured):
         return model.graph
-    return model if fx.is_graph(model) else Positional(model, interface)
+    return model if is_graph(model) else Positional(model, interface)
 
 
-def one_config(infos: list[fx.Prepared]) -> QuantConfig:
+def one_config(infos: list[Prepared]) -> QuantConfig:
     """The config of a file that holds several graphs: with the engine that is right for all of them."""
     engines = {known.config.engine for known in infos}
     return (

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from lightning_quant import CalibrationError, CaptureError, QuantConfig, TensorSpec, convert, prepare
 from lightning_quant._torch_ao import FakeQuantizeBase, dynamic_modules
 from lightning_quant.backends import fx
+from lightning_quant.backends.graph import info, is_graph, is_initialised
 from lightning_quant.config import Method, resolve
 from lightning_quant.phases import set_observing
 
@@ -325,7 +326,7 @@ def test_a_qat_graph_without_quantization_is_the_float_module(
         torch.testing.assert_close(b.grad / largest, a.grad / largest, rtol=1e-4, atol=2e-5, msg=name)
 
     statistics = dict(alone.named_buffers())
-    for name, norm in fx.info(prepared).batch_norms.items():
+    for name, norm in info(prepared).batch_norms.items():
         torch.testing.assert_close(prepared.get_submodule(name).running_mean, statistics[f"{norm}.running_mean"])
         torch.testing.assert_close(prepared.get_submodule(name).running_var, statistics[f"{norm}.running_var"])
 
@@ -383,7 +384,7 @@ def test_weights_that_change_after_the_last_pass_are_those_that_are_converted(me
     graph = fx.reference(prepared)
     weight = graph.first if hasattr(graph, "first") else None
     layer = weight[0] if isinstance(weight, nn.Sequential) else weight
-    limit = 63 if fx.info(prepared).config.reduce_range else 127
+    limit = 63 if info(prepared).config.reduce_range else 127
     assert int(layer.get_quantized_weight().abs().max()) == limit
     if layer.weight_qscheme == torch.per_channel_symmetric:
         torch.testing.assert_close(
@@ -398,7 +399,7 @@ def test_weights_that_change_after_the_last_pass_are_those_that_are_converted(me
 @pytest.mark.parametrize("change", [fx.convert, fx.reference, convert])
 def test_convert_without_calibration(method: Method, change: Any) -> None:
     prepared = prepare(Mlp(), method=method, example_inputs=torch.randn(2, 4))
-    assert not fx.is_initialised(prepared)
+    assert not is_initialised(prepared)
     text = (
         r"^3 observers saw no data \(the first: activation_post_process_0\), so that there are no ranges to quantize "
         r"with\. Run the prepared module on calibration data before convert; with the callbacks: the validation "
@@ -407,16 +408,16 @@ def test_convert_without_calibration(method: Method, change: Any) -> None:
     with pytest.raises(CalibrationError, match=text):
         change(prepared)
     prepared(torch.randn(2, 4))
-    assert fx.is_initialised(prepared)
+    assert is_initialised(prepared)
     change(prepared)
 
 
 def test_a_module_that_was_not_prepared() -> None:
     text = "Mlp was not made by lightning_quant.prepare: prepare it first."
-    for ask in (fx.info, convert):
+    for ask in (info, convert):
         with pytest.raises(CaptureError, match=f"^{re.escape(text)}$"):
             ask(Mlp())
-    assert not fx.is_graph(torch.fx.symbolic_trace(Mlp()))
+    assert not is_graph(torch.fx.symbolic_trace(Mlp()))
 
 
 # ---- what stays float

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from lightning_quant import QuantConfig, convert, coverage
 from lightning_quant.arguments import Call
 from lightning_quant.backends import fx, kernels, reference
+from lightning_quant.backends.graph import Prepared, info
 from lightning_quant.backends.kernels import Layer, layer_of
 from lightning_quant.config import Method
 
@@ -182,10 +183,10 @@ def answer(monkeypatch: pytest.MonkeyPatch, right: Callable[[str, Layer, int], b
     return asked
 
 
-def plan_of(method: Method = "static", config: QuantConfig | None = None) -> fx.Prepared:
+def plan_of(method: Method = "static", config: QuantConfig | None = None) -> Prepared:
     """What is decided for ``Mixed``, by one graph: finding targets asks about each more than once."""
     model, x = mixed()
-    return fx.info(fx.prepare(model, config or QuantConfig(), method, Call((x,))))
+    return info(fx.prepare(model, config or QuantConfig(), method, Call((x,))))
 
 
 def largest_weights(int8: nn.Module) -> dict[str, int]:
@@ -204,14 +205,14 @@ def test_another_engine_where_x86_is_wrong(method: Method, monkeypatch: pytest.M
     model, x = mixed()
     before = torch.backends.quantized.engine
     prepared = calibrated(model, x, method=method, config=QuantConfig(engine="x86"))
-    known = fx.info(prepared)
+    known = info(prepared)
     assert known.config.engine == "fbgemm"
     assert known.config.reduce_range is False
     assert known.float_layers == {}
     assert {engine for engine, _, _ in asked} == {"x86", "fbgemm"}
     # who asked for x86 left the choice to us
     int8 = convert(prepared, QuantConfig(engine="x86"))
-    assert fx.info(int8).config.engine == "fbgemm"
+    assert info(int8).config.engine == "fbgemm"
     assert torch.backends.quantized.engine == before
     assert coverage(int8, x).share == 1
     assert set(largest_weights(int8).values()) == {127}
@@ -274,7 +275,7 @@ def test_eight_bits_that_were_asked_for_stay(method: Method, monkeypatch: pytest
     answer(monkeypatch, wide_convolutions_are_wrong)
     model, x = mixed()
     prepared = calibrated(model, x, method=method, config=QuantConfig(reduce_range=False))
-    assert fx.info(prepared).float_layers == {}
+    assert info(prepared).float_layers == {}
     assert set(largest_weights(convert(prepared)).values()) == {127}
 
 
@@ -296,7 +297,7 @@ def test_float_where_every_kernel_is_wrong(method: Method, monkeypatch: pytest.M
     model, x = mixed()
     prepared = calibrated(model, x, method=method)
     int8 = convert(prepared)
-    known = fx.info(int8)
+    known = info(int8)
     assert set(known.float_layers) == CONVOLUTIONS
     text = (
         f"the int8 kernel of engine {known.config.engine!r} for it is wrong on this CPU with torch {torch.__version__}"
@@ -386,7 +387,7 @@ def test_a_depthwise_layer_of_eight_bits_is_right_or_has_seven() -> None:
     """The plan and the outcome fit each other: nobody has 7 bits for nothing, nobody a wrong kernel."""
     model, x = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1, groups=128)).eval(), torch.randn(2, 128, 8, 8)
     prepared = calibrated(model, x, config=QuantConfig(engine="x86"))
-    known = fx.info(prepared)
+    known = info(prepared)
     layer = layer_of(model[0])
     limit = 63 if known.config.reduce_range else 127
     wide = kernels.is_right(known.config.engine, layer, limit)
@@ -398,7 +399,7 @@ def test_the_reason_names_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     answer(monkeypatch, lambda engine, layer, largest: False)
     model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).eval(), torch.randn(3, 4)
     prepared = calibrated(model, x, config=QuantConfig(engine="qnnpack" if "qnnpack" in ENGINES else "auto"))
-    engine = fx.info(prepared).config.engine
-    for reason in fx.info(prepared).float_layers.values():
+    engine = info(prepared).config.engine
+    for reason in info(prepared).float_layers.values():
         assert re.match(f"^the int8 kernel of engine '{engine}' for it is wrong on this CPU with torch ", reason)
     assert torch.equal(convert(prepared)(x), model(x))

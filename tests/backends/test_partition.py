@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 
 from lightning_quant import convert, coverage, prepare
 from lightning_quant._torch_ao import quantized_modules
-from lightning_quant.backends import fx
+from lightning_quant.backends.graph import info, is_graph
 from lightning_quant.config import Method
 from lightning_quant.phases import set_observing
 
@@ -74,7 +74,7 @@ def rows(first: float = 1.0) -> torch.Tensor:
 
 
 def graphs(model: nn.Module) -> set[str]:
-    return {name for name, module in model.named_modules() if fx.is_graph(module)}
+    return {name for name, module in model.named_modules() if is_graph(module)}
 
 
 def named_as_before(name: str) -> str:
@@ -120,12 +120,12 @@ def choosing_net() -> Net:
 def test_a_branch_keeps_one_block_and_nothing_else(sign: float, method: Method) -> None:
     model, x = choosing_net(), rows(sign)
     prepared = prepared_on(model, x, method=method)
-    assert fx.is_graph(prepared)
-    kept = fx.info(prepared).kept
+    assert is_graph(prepared)
+    kept = info(prepared).kept
     assert list(kept) == ["middle"]
     assert re.match(TRACE_ERROR, kept["middle"])
     int8 = convert(prepared)
-    assert fx.info(int8).kept == kept
+    assert info(int8).kept == kept
     taken = "up" if sign > 0 else "down"
     assert int8_layers(int8, x) == {*OUTSIDE, f"middle.{taken}"}
     assert type(int8.middle) is Choosing
@@ -161,7 +161,7 @@ def test_a_branch_inside_of_a_sequence_of_blocks(method: Method) -> None:
     model = nn.Sequential(Block(), Choosing(), Block(), nn.Sequential(Choosing(), Block()), nn.Linear(WIDTH, 3))
     x = rows()
     prepared = prepared_on(model, x, method=method)
-    assert set(fx.info(prepared).kept) == {"1", "3.0"}
+    assert set(info(prepared).kept) == {"1", "3.0"}
     int8 = convert(prepared)
     assert coverage(int8, x).share == 1.0
     assert_near(model, int8, x)
@@ -240,7 +240,7 @@ def test_state_goes_on_from_call_to_call(kind: type[nn.Module], method: Method) 
     # neither the search for what can be traced nor the trace counts as a call
     assert unused(state_of(model.middle), kind)
     assert unused(state_of(prepared.middle), kind)
-    reason = fx.info(prepared).kept["middle"]
+    reason = info(prepared).kept["middle"]
     names = ", ".join(f"self.{name}" for name in sorted(STATES[kind]))
     assert reason == f"its forward changes {names}: it carries state from call to call"
     fresh = copy.deepcopy(state_of(prepared.middle))
@@ -336,9 +336,9 @@ def test_a_graph_inside_of_what_a_graph_keeps(method: Method) -> None:
     model, x = Net(Deep()), rows()
     prepared = prepared_on(model, x, method=method)
     int8 = convert(prepared)
-    assert set(fx.info(int8).kept) == {"middle"}
-    assert fx.is_graph(int8.middle.inner.graph)
-    assert set(fx.info(int8.middle.inner.graph).kept) == {"middle"}
+    assert set(info(int8).kept) == {"middle"}
+    assert is_graph(int8.middle.inner.graph)
+    assert set(info(int8.middle.inner.graph).kept) == {"middle"}
     inside = {f"middle.inner.{name}" for name in OUTSIDE}
     found = int8_layers(int8, x)
     branch = {name for name in found if name.startswith("middle.inner.middle.")}
@@ -432,8 +432,8 @@ def test_a_scripted_module_stays_and_all_else_is_int8(method: Method) -> None:
 def test_a_scripted_module_is_kept(method: Method) -> None:
     model, x = Net(torch.jit.script(Scripted())), rows()
     prepared = prepare(model, method=method, example_inputs=x)
-    assert fx.is_graph(prepared)
-    assert list(fx.info(prepared).kept) == ["middle"]
+    assert is_graph(prepared)
+    assert list(info(prepared).kept) == ["middle"]
 
 
 @HISTORY
@@ -469,7 +469,7 @@ class WithScriptedFunction(nn.Module):
 def test_a_module_that_calls_a_scripted_function_is_kept(method: Method) -> None:
     model, x = Net(WithScriptedFunction()), rows()
     prepared = prepared_on(model, x, method=method)
-    assert list(fx.info(prepared).kept) == ["middle"]
+    assert list(info(prepared).kept) == ["middle"]
     int8 = convert(prepared)
     assert int8_layers(int8, x) == {*OUTSIDE, "middle.fc"}
     assert_near(model, int8, x)
@@ -645,8 +645,8 @@ OWN_LAYERS: dict[str, Any] = {
 def test_own_layers_are_int8_in_one_graph(name: str) -> None:
     model, x = OWN_LAYERS[name]()
     prepared = prepared_on(model, x, method="static")
-    assert fx.is_graph(prepared)
-    assert fx.info(prepared).kept == {}
+    assert is_graph(prepared)
+    assert info(prepared).kept == {}
     int8 = convert(prepared)
     assert coverage(int8, x).share == 1.0
     assert_near(model, int8, x)
@@ -656,8 +656,8 @@ def test_own_layers_are_int8_in_one_graph(name: str) -> None:
 def test_own_layers_are_trained(name: str) -> None:
     model, x = OWN_LAYERS[name]()
     prepared: Any = prepare(model, method="qat", example_inputs=x)
-    assert fx.is_graph(prepared)
-    assert fx.info(prepared).kept == {}
+    assert is_graph(prepared)
+    assert info(prepared).kept == {}
     prepared.train()(x).square().mean().backward()
     for parameter_name, parameter in model.named_parameters():
         assert parameter.grad is not None, parameter_name
@@ -689,7 +689,7 @@ def test_sizes_other_than_those_of_the_example(method: Method) -> None:
 def test_a_padding_that_asks_is_kept_with_its_reason(method: Method) -> None:
     model, x = between_convolutions(SamePaddingWhereNeeded(4, 4, 3))
     int8 = convert(prepared_on(model, x, method=method))
-    rows = coverage(int8, x, reasons=fx.info(int8).kept).rows
+    rows = coverage(int8, x, reasons=info(int8).kept).rows
     assert [(row.name, row.int8) for row in rows] == [("0", True), ("2", False), ("4", True)]
     assert "TraceError" in rows[1].reason
     assert_near(model, int8, x)

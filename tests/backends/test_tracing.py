@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from lightning_quant import CaptureError, convert, prepare
 from lightning_quant.arguments import Call
 from lightning_quant.backends import fx
+from lightning_quant.backends.graph import info, is_graph
 from lightning_quant.backends.tracing import LAYER, ModeDependent, trace, trace_around
 from lightning_quant.config import Method
 from lightning_quant.phases import set_observing
@@ -209,7 +210,7 @@ def test_a_constant_tensor_in_forward(method: Method) -> None:
     model, x = Scaled(), torch.randn(8, 3, 4)
     names = set(model.state_dict()) | set(model.__dict__)
     prepared = calibrated(model, x, method=method)
-    assert fx.is_graph(prepared)
+    assert is_graph(prepared)
     assert decibels(model(x), convert(prepared)(x)) > 25
     assert set(model.state_dict()) | set(model.__dict__) == names
 
@@ -230,7 +231,7 @@ def test_each_call_of_a_reused_layer_has_its_own_range(method: Method) -> None:
 
     model, x = Reused(), torch.randn(64, 4)
     prepared = calibrated(model, x, method=method)
-    assert fx.info(prepared).origins == {"fc_call1": "fc", "act_call1": "act"}
+    assert info(prepared).origins == {"fc_call1": "fc", "act_call1": "act"}
     if method == "qat":
         assert prepared.fc_call1.weight is prepared.fc.weight is model.fc.weight
     int8 = convert(prepared)

@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_quant import convert, coverage, prepare
 from lightning_quant.arguments import Call
-from lightning_quant.backends import fx
+from lightning_quant.backends.graph import info, link
 from lightning_quant.backends.tracing import trace
 from lightning_quant.backends.written_out import is_written_out
 from lightning_quant.config import Method
@@ -43,7 +43,7 @@ def randomised(module: nn.Module) -> nn.Module:
 
 
 def run_graph(graph: Any, call: Call) -> Any:
-    interface = fx.info(graph).interface
+    interface = info(graph).interface
     return interface.restore(graph(*interface.flatten(call.args, call.keywords)))
 
 
@@ -554,7 +554,7 @@ def test_a_batch_norm_with_an_activation_is_folded(options: Any, method: Method)
     assert decibels(expected, int8(x)) > 25
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in int8.modules())
     assert not any("norm" in str(node.target) for node in int8.graph.nodes)
-    assert fx.info(prepared).fused[0].members[:2] == ("0", "1.norm")
+    assert info(prepared).fused[0].members[:2] == ("0", "1.norm")
     assert coverage(int8, x).share == 1.0
     if options == {}:
         assert "ConvReLU2d" in type(getattr(int8, "0")).__name__
@@ -598,7 +598,7 @@ def test_a_batch_norm_with_an_activation_is_trained() -> None:
     model, x = convolutions(), torch.randn(8, 3, 9, 9)
     prepared: Any = prepare(model, method="qat", example_inputs=x)
     before = model[1].running_mean.clone()
-    fx.link(prepared, model)
+    link(prepared, model)
     prepared.train()(x).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name

@@ -126,12 +126,12 @@ def test_training(entry: Architecture) -> None:
 
 def _same_buffers(prepared: nn.Module, model: nn.Module) -> None:
     """Batch norms of the prepared copy followed the training: put them back to those of the model."""
-    from lightning_quant.backends import fx
+    from lightning_quant.backends.graph import is_graph, link
 
     for name, graph in list(prepared.named_modules()):
-        if fx.is_graph(graph):
+        if is_graph(graph):
             place = ".".join(part for part in name.split(".") if part != "graph")
-            fx.link(graph, model.get_submodule(place))  # type: ignore[arg-type]
+            link(graph, model.get_submodule(place))
 
 
 def test_the_family_test_takes_one_of_each() -> None:
