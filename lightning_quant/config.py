@@ -21,25 +21,48 @@ from lightning_quant.errors import ConfigError, MissingExtraError
 BackendName = Literal["fx", "eager", "torchscript", "pt2e"]
 EngineName = Literal["auto", "x86", "fbgemm", "onednn", "qnnpack"]
 Method = Literal["dynamic", "static", "qat"]
-FormatName = Literal["torchscript", "onnx"]
+FormatName = Literal["torchscript", "onnx", "pt2"]
+JitName = Literal["trace", "script"]
 DtypeName = Literal["auto", "quint8", "qint8"]
 QschemeName = Literal[
     "auto", "per_tensor_affine", "per_tensor_symmetric", "per_channel_affine", "per_channel_symmetric"
 ]
 ObserverName = Literal["auto", "histogram", "min_max", "moving_average"]
 
-#: (backend, method) -> the formats that it can write, the native one first. A cell that is not here is refused when
-#: the callback is made, with the reason that :func:`formats_of` gives.
+#: (backend, method) -> the formats that it can write, the native one first. A cell that is not here is in ``REFUSED``.
 SUPPORT: dict[tuple[str, str], tuple[FormatName, ...]] = {
+    ("eager", "dynamic"): ("torchscript",),
+    ("eager", "static"): ("torchscript", "onnx", "pt2"),
+    ("eager", "qat"): ("torchscript", "onnx", "pt2"),
+    ("torchscript", "dynamic"): ("torchscript",),
+    ("torchscript", "static"): ("torchscript",),
     ("fx", "dynamic"): ("torchscript",),
-    ("fx", "static"): ("torchscript", "onnx"),
-    ("fx", "qat"): ("torchscript", "onnx"),
+    ("fx", "static"): ("torchscript", "onnx", "pt2"),
+    ("fx", "qat"): ("torchscript", "onnx", "pt2"),
+    ("pt2e", "dynamic"): ("pt2",),
+    ("pt2e", "static"): ("pt2", "onnx"),
+    ("pt2e", "qat"): ("pt2", "onnx"),
 }
+
+#: (backend, method) that cannot be, and what to do instead.
+REFUSED: dict[tuple[str, str], str] = {
+    ("torchscript", "qat"): (
+        "backend='torchscript' cannot train: TorchScript graph mode has no fake quantize. Train with backend='fx', "
+        "'eager' or 'pt2e'; 'fx' and 'eager' write TorchScript files."
+    ),
+}
+
+#: backend -> (the packages that it needs, the extra that brings them)
+BACKEND_PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {"pt2e": (("torchao",), "pt2e")}
+
+#: Formats that are written without being named, besides the native one of the backend.
+_BY_DEFAULT = ("onnx",)
 
 #: format -> (the packages that it needs, the extra that brings them)
 FORMAT_PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "torchscript": ((), ""),
     "onnx": (("onnx", "onnxscript", "onnxruntime"), "onnx"),
+    "pt2": ((), ""),
 }
 
 
@@ -91,7 +114,8 @@ class QuantConfig:
     """What is quantized, and how. The method (dynamic, static, QAT) is chosen by the callback.
 
     Attributes:
-        backend: The front end that captures the model. This release has ``fx``.
+        backend: The front end that captures the model: ``fx`` (FX graph mode), ``eager`` (eager mode), ``torchscript``
+            (TorchScript graph mode) or ``pt2e`` (``torch.export``; needs the extra ``pt2e``).
         engine: The kernel library that int8 runs on, ``torch.backends.quantized.engine``. ``auto``: ``x86`` on x86
             machines, ``qnnpack`` elsewhere.
         activation: How activations are quantized.
@@ -100,6 +124,9 @@ class QuantConfig:
         skip: Names (or ``fnmatch`` patterns) of submodules left in float. A pattern that matches nothing is an error.
         reduce_range: Quantize weights to 7 bits. Needed on x86 CPUs without VNNI, whose int8 multiply-add saturates at
             16 bits. None: decided from this CPU, and written into every file.
+        jit: With ``backend="torchscript"``: ``trace`` or ``script`` the model.
+        debug: With ``backend="torchscript"``: keep weights as attributes of the converted graph, to look at them. It
+            runs slower.
         min_coverage: The share of multiply-accumulates, 0 to 1, that has to run in int8: less is an error. None: below
             0.5 there is a warning.
 
@@ -118,6 +145,8 @@ class QuantConfig:
     skip: tuple[str, ...] = ()
     reduce_range: bool | None = None
     min_coverage: float | None = None
+    jit: JitName = "trace"
+    debug: bool = False
 
     def __post_init__(self) -> None:
         share = self.min_coverage
@@ -127,6 +156,14 @@ class QuantConfig:
             raise ConfigError(f"QuantConfig(min_coverage={share!r}): give a share from 0 to 1, or None.")
         _check_choice("QuantConfig", "backend", self.backend, get_args(BackendName))
         _check_choice("QuantConfig", "engine", self.engine, get_args(EngineName))
+        _check_choice("QuantConfig", "jit", self.jit, get_args(JitName))
+        if not isinstance(self.debug, bool):
+            raise ConfigError(f"QuantConfig(debug={self.debug!r}): give True or False.")
+        if self.backend != "torchscript" and (self.jit, self.debug) != ("trace", False):
+            raise ConfigError(
+                f"QuantConfig(backend={self.backend!r}, jit={self.jit!r}, debug={self.debug}): jit and debug are "
+                "settings of TorchScript graph mode. Leave them out, or use backend='torchscript'."
+            )
         for name in ("activation", "weight"):
             if not isinstance(getattr(self, name), TensorSpec):
                 raise ConfigError(f"QuantConfig({name}={getattr(self, name)!r}): give a TensorSpec.")
@@ -163,8 +200,8 @@ class ExportConfig:
     Attributes:
         directory: The folder of ``model.*``, ``report.json`` and ``report.md``. Made if it does not exist; files of an
             earlier run are replaced.
-        formats: ``torchscript``, ``onnx``. None: the native format of the backend, and ``onnx`` where it can be
-            written and its extra is installed. Formats that are named are checked at once.
+        formats: ``torchscript``, ``onnx``, ``pt2`` (``torch.export``). None: the native format of the backend, and
+            ``onnx`` where it can be written and its extra is installed. Formats that are named are checked at once.
 
     Raises:
         ConfigError: A format is not known or is named twice.
@@ -200,14 +237,9 @@ def formats_of(config: QuantConfig, method: Method) -> tuple[FormatName, ...]:
         ConfigError: The backend does not have the method.
     """
     _check_choice("quantize", "method", method, get_args(Method))
-    try:
-        return SUPPORT[config.backend, method]
-    except KeyError:
-        have = sorted({backend for backend, m in SUPPORT if m == method})
-        raise ConfigError(
-            f"backend={config.backend!r} cannot do method={method!r} in this release. "
-            f"Use backend={' or '.join(map(repr, have))}."
-        ) from None
+    if (config.backend, method) in REFUSED:
+        raise ConfigError(REFUSED[config.backend, method])
+    return SUPPORT[config.backend, method]
 
 
 def check_method(config: QuantConfig, method: Method) -> None:
@@ -215,8 +247,13 @@ def check_method(config: QuantConfig, method: Method) -> None:
 
     Raises:
         ConfigError: The backend does not have the method, or a setting has no meaning for it.
+        MissingExtraError: The backend needs a package that is not installed.
     """
     formats_of(config, method)
+    packages, extra = BACKEND_PACKAGES.get(config.backend, ((), ""))
+    for package in packages:
+        if find_spec(package) is None:
+            raise MissingExtraError(package, extra, f"backend {config.backend!r}")
     if method == "qat" and config.activation.observer not in ("auto", "moving_average"):
         raise ConfigError(
             f"QuantConfig(activation.observer={config.activation.observer!r}) with quantization-aware training: ranges "
@@ -261,6 +298,8 @@ def resolve_formats(
             continue
         if name not in able:
             left_out[name] = f"backend {config.backend!r} does not write it for method {method!r}"
+        elif name not in _BY_DEFAULT:
+            left_out[name] = "it is written where ExportConfig(formats=...) names it"
         elif missing := _missing_packages(name):
             left_out[name] = f"{missing[0]} is not installed: pip install 'lightning-quant[{FORMAT_PACKAGES[name][1]}]'"
         else:

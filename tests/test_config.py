@@ -12,8 +12,17 @@ import pytest
 import torch
 import yaml
 
-from lightning_quant import ConfigError, ExportConfig, MissingExtraError, QuantConfig, TensorSpec, config
+from lightning_quant import (
+    ConfigError,
+    ExportConfig,
+    MissingExtraError,
+    QuantConfig,
+    QuantizationAwareTraining,
+    TensorSpec,
+    config,
+)
 from lightning_quant.config import (
+    REFUSED,
     SUPPORT,
     BackendName,
     FormatName,
@@ -24,6 +33,8 @@ from lightning_quant.config import (
     resolve,
     resolve_formats,
 )
+
+NOT_NAMED = {"pt2": "it is written where ExportConfig(formats=...) names it"}
 
 
 def exactly(text: str) -> str:
@@ -89,7 +100,7 @@ def exactly(text: str) -> str:
         (lambda: ExportConfig(formats="onnx"), "ExportConfig(formats='onnx'): give a list, e.g. ('onnx',)."),
         (
             lambda: ExportConfig(formats=["onx"]),
-            "ExportConfig(formats='onx'): not one of 'torchscript', 'onnx'. Did you mean 'onnx'?",
+            "ExportConfig(formats='onx'): not one of 'torchscript', 'onnx', 'pt2'. Did you mean 'onnx'?",
         ),
         (lambda: ExportConfig(formats=()), "ExportConfig(formats=()): name each format once, at least one."),
         (
@@ -210,7 +221,7 @@ def test_each_cell_writes_formats_or_says_why_not(backend: Any, method: Any) -> 
         assert set(SUPPORT[backend, method]) <= set(get_args(FormatName))
         check_method(quant_config, method)
         return
-    text = f"backend={backend!r} cannot do method={method!r} in this release. Use backend='fx'."
+    text = REFUSED[backend, method]
     for refuse in (formats_of, check_method):
         with pytest.raises(ConfigError, match=exactly(text)):
             refuse(quant_config, method)
@@ -219,6 +230,38 @@ def test_each_cell_writes_formats_or_says_why_not(backend: Any, method: Any) -> 
 def test_the_table_has_no_unknown_names() -> None:
     assert {backend for backend, _ in SUPPORT} <= set(get_args(BackendName))
     assert {method for _, method in SUPPORT} <= set(get_args(Method))
+    assert SUPPORT.keys().isdisjoint(REFUSED)
+
+
+def test_torchscript_graph_mode_cannot_train() -> None:
+    text = (
+        "backend='torchscript' cannot train: TorchScript graph mode has no fake quantize. Train with backend='fx', "
+        "'eager' or 'pt2e'; 'fx' and 'eager' write TorchScript files."
+    )
+    with pytest.raises(ConfigError, match=exactly(text)):
+        QuantizationAwareTraining(QuantConfig(backend="torchscript"))
+
+
+@pytest.mark.parametrize("settings", [{"jit": "script"}, {"debug": True}])
+def test_settings_of_torchscript_graph_mode_alone(settings: Any) -> None:
+    values = {"jit": "trace", "debug": False, **settings}
+    text = (
+        f"QuantConfig(backend='fx', jit={values['jit']!r}, debug={values['debug']}): jit and debug are settings of "
+        "TorchScript graph mode. Leave them out, or use backend='torchscript'."
+    )
+    with pytest.raises(ConfigError, match=exactly(text)):
+        QuantConfig(**settings)
+    QuantConfig(backend="torchscript", **settings)
+
+
+def test_pt2e_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "find_spec", lambda name: None)
+    text = (
+        "backend 'pt2e' needs the package 'torchao', which is not installed. "
+        "Install it with: pip install 'lightning-quant[pt2e]'"
+    )
+    with pytest.raises(MissingExtraError, match=exactly(text)):
+        check_method(QuantConfig(backend="pt2e"), "static")
 
 
 def test_an_unknown_method() -> None:
@@ -269,21 +312,22 @@ def everything(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("everything")
 @pytest.mark.parametrize("method", ["static", "qat"])
 def test_formats_are_all_that_can_be_written(method: Any) -> None:
-    assert resolve_formats(QuantConfig(), method, ExportConfig()) == (("torchscript", "onnx"), {})
+    assert resolve_formats(QuantConfig(), method, ExportConfig()) == (("torchscript", "onnx"), NOT_NAMED)
 
 
 @pytest.mark.usefixtures("only_torch")
 def test_a_format_whose_package_is_missing_is_left_out() -> None:
     chosen, left_out = resolve_formats(QuantConfig(), "static", ExportConfig())
     assert chosen == ("torchscript",)
-    assert left_out == {"onnx": "onnx is not installed: pip install 'lightning-quant[onnx]'"}
+    assert left_out == {"onnx": "onnx is not installed: pip install 'lightning-quant[onnx]'", **NOT_NAMED}
 
 
 @pytest.mark.usefixtures("everything")
 def test_a_format_that_the_method_cannot_write_is_left_out() -> None:
     chosen, left_out = resolve_formats(QuantConfig(), "dynamic", ExportConfig())
     assert chosen == ("torchscript",)
-    assert left_out == {"onnx": "backend 'fx' does not write it for method 'dynamic'"}
+    reason = "backend 'fx' does not write it for method 'dynamic'"
+    assert left_out == {"onnx": reason, "pt2": reason}
 
 
 @pytest.mark.usefixtures("everything")
