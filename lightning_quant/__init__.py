@@ -3,7 +3,7 @@
 from lightning_quant.analysis.coverage import Coverage, LayerRow, coverage
 from lightning_quant.backends import convert, prepare
 from lightning_quant.callbacks import PostTrainingQuantization, QuantizationAwareTraining
-from lightning_quant.config import ExportConfig, QuantConfig, TensorSpec
+from lightning_quant.config import ExportConfig, LayerConfig, QuantConfig, TensorSpec
 from lightning_quant.errors import (
     ArtifactError,
     CalibrationError,
@@ -28,6 +28,7 @@ __all__ = [
     "ExportConfig",
     "ExportError",
     "FormatReport",
+    "LayerConfig",
     "LayerRow",
     "MissingExtraError",
     "PostTrainingQuantization",

@@ -8,7 +8,7 @@ submodules can be replaced by a graph without anyone noticing.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from types import MethodType
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 from torchmetrics import Metric
 
 from lightning_quant.arguments import Call, Interface, signature_of
-from lightning_quant.config import Method, near
+from lightning_quant.config import LayerConfig, Method, near
 from lightning_quant.errors import CaptureError, ConfigError
 from lightning_quant.placement import is_compiled
 from lightning_quant.qconfig import QUANTIZABLE, WEIGHTED
@@ -83,11 +83,19 @@ class Target:
 
 @dataclass(frozen=True)
 class Capture:
-    """The targets of a model, the names that are skipped in them, and the reasons for what stays float."""
+    """What is quantized of a model.
+
+    Attributes:
+        targets: The submodules.
+        skipped: Names that stay float, in targets or around them.
+        float_layers: Layer with weights that stays float -> why.
+        layers: Submodule -> its own settings (from :func:`lightning_quant.layers.nearest`).
+    """
 
     targets: tuple[Target, ...]
     skipped: frozenset[str]
     float_layers: dict[str, str]
+    layers: dict[str, LayerConfig] = field(default_factory=dict)
 
     def relative_skips(self, target: Target) -> tuple[str, ...]:
         """The skipped names inside ``target``, as the target itself would write them."""
@@ -247,11 +255,12 @@ def _own_weights(module: nn.Module, kept: Collection[str] = ()) -> bool:
 def find_targets(
     model: nn.Module,
     recordings: dict[str, Recording],
-    trace: Callable[[nn.Module, Call], Found],
+    trace: Callable[[str, nn.Module, Call], Found],
     *,
     method: Method,
     targets: tuple[str, ...] = (),
     skip: tuple[str, ...] = (),
+    whole: Mapping[str, str] = {},
     prefer_children: bool = False,
 ) -> Capture:
     """Choose the largest submodules that a graph can stand for.
@@ -263,11 +272,12 @@ def find_targets(
     Args:
         model: Not changed.
         recordings: From :func:`record_calls`.
-        trace: The backend's. It gives the submodules that the graph calls as they are, and raises
-            :class:`CaptureError` where the forward itself cannot be captured.
+        trace: The backend's, with the name of the submodule. It gives the submodules that the graph calls as they
+            are, and raises :class:`CaptureError` where the forward itself cannot be captured.
         method: Which kinds of layers can be quantized depends on it.
         targets: Names or patterns to restrict the search to.
         skip: Names or patterns that stay float.
+        whole: Names of submodules that are called as they are -> why. Nothing inside them is a target.
         prefer_children: For a LightningModule: its own forward is a target only if it has layers of its own.
 
     Raises:
@@ -285,6 +295,9 @@ def find_targets(
     def visit(name: str, module: nn.Module, allowed: bool) -> None:
         allowed = allowed or name in wanted
         if is_left_alone(module) or name in skipped:
+            return
+        if name in whole:
+            reasons.update({layer: whole[name] for layer in weight_layers(module, name)})
             return
         if name in copies and name not in wanted:
             obstacles[name] = copies[name]
@@ -304,7 +317,8 @@ def find_targets(
                 for kept, reason in result.kept.items():
                     inside = _join(name, kept)
                     reasons.setdefault(inside, reason)
-                    visit_children(inside, modules[inside])
+                    if inside not in whole:
+                        visit_children(inside, modules[inside])
                 return
             obstacles[name] = result
             reasons.update({layer: result for layer in layers if layer == name})
@@ -388,7 +402,7 @@ def _attempt(
     module: nn.Module,
     layers: list[str],
     recordings: dict[str, Recording],
-    trace: Callable[[nn.Module, Call], Found],
+    trace: Callable[[str, nn.Module, Call], Found],
 ) -> Found | str:
     """What a graph in the place of ``module`` calls as it is, or why there cannot be one."""
     if is_compiled(module):
@@ -402,6 +416,6 @@ def _attempt(
     if len(recordings[name].ways) > 1:
         return f"it is called in different ways: ({'), ('.join(recordings[name].ways)})"
     try:
-        return trace(module, recordings[name].call)
+        return trace(name, module, recordings[name].call)
     except CaptureError as error:
         return str(error)

@@ -16,6 +16,7 @@ from typing import Literal, get_args
 
 import torch
 
+from lightning_quant.custom import load_class, path_of
 from lightning_quant.errors import ConfigError, MissingExtraError
 
 BackendName = Literal["fx", "eager", "torchscript", "pt2e"]
@@ -54,6 +55,9 @@ REFUSED: dict[tuple[str, str], str] = {
 
 #: backend -> (the packages that it needs, the extra that brings them)
 BACKEND_PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {"pt2e": (("torchao",), "pt2e")}
+
+#: Backends whose graphs call modules, so that one can take the place of another.
+SWAPPING = ("fx", "eager")
 
 #: Formats that are written without being named, besides the native one of the backend.
 _BY_DEFAULT = ("onnx",)
@@ -94,19 +98,112 @@ class TensorSpec:
             ``per_tensor_symmetric``.
         observer: How the range is estimated: ``histogram`` (least quantization error), ``min_max``, or
             ``moving_average`` of min and max. ``auto``: ``histogram`` for static activations, ``moving_average`` in
-            quantization-aware training, ``min_max`` for weights.
+            quantization-aware training, ``min_max`` for weights. Or a class of your own that derives from
+            ``torch.ao.quantization.ObserverBase`` (with ``backend="pt2e"``: from torchao's), or its import path.
+        fake_quantize: What rounds in training: ``auto``, or a class of your own that derives from
+            ``torch.ao.quantization.FakeQuantizeBase`` (with ``backend="pt2e"``: from torchao's), or its import path.
 
     Raises:
-        ConfigError: A value is not one of the choices.
+        ConfigError: A value is not one of the choices, or not a class that can be imported.
     """
 
     dtype: DtypeName = "auto"
     qscheme: QschemeName = "auto"
-    observer: ObserverName = "auto"
+    observer: str = "auto"
+    fake_quantize: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, choices in (("dtype", DtypeName), ("qscheme", QschemeName), ("observer", ObserverName)):
-            _check_choice("TensorSpec", name, getattr(self, name), get_args(choices))
+        for name in ("observer", "fake_quantize"):
+            setting = f"TensorSpec({name}={getattr(self, name)!r})"
+            object.__setattr__(self, name, path_of(getattr(self, name), setting))
+        named: tuple[tuple[str, tuple[str, ...]], ...] = (
+            ("dtype", get_args(DtypeName)),
+            ("qscheme", get_args(QschemeName)),
+            ("observer", get_args(ObserverName)),
+            ("fake_quantize", ("auto",)),
+        )
+        for name, choices in named:
+            value = getattr(self, name)
+            if name in ("observer", "fake_quantize") and "." in str(value):
+                load_class(value, f"TensorSpec({name}={value!r})")
+            else:
+                _check_choice("TensorSpec", name, value, choices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """How some layers are quantized, where that is not as :class:`QuantConfig` says for all.
+
+    Which layers is said by ``name``, ``type`` or both. Of several entries that match a layer the nearest one counts,
+    alone: one that matches the layer itself before one that matches a module around it, a name before a pattern, a
+    pattern with more letters before one with fewer, a name before a type, the later of two equal ones.
+
+    Attributes:
+        name: Name of a submodule, or an ``fnmatch`` pattern of names. A submodule stands for all that is inside it.
+        type: Class of a submodule, or its import path, e.g. ``torch.nn.Linear``. Subclasses match as well.
+        activation: How what the layers give is quantized. None: as everywhere.
+        weight: How their weights are quantized. None: as everywhere.
+        keep: Call them as they are and in float; their code is not captured.
+        observed: With ``quantized``: the class, or its import path, of the module that runs in the place of the layer
+            while ranges are observed or trained; made by ``observed.from_float(layer)``. None: the layer itself.
+        quantized: The class, or its import path, of the module that takes the layer's place in the int8 model; made
+            by ``quantized.from_observed(module)``, or by ``quantized.from_float(module)`` where it has no such method.
+            It takes and gives float tensors.
+
+    Raises:
+        ConfigError: It matches nothing by its nature, changes nothing, or contradicts itself.
+
+    >>> LayerConfig(name="head", weight=TensorSpec(qscheme="per_tensor_symmetric")).keep
+    False
+    """
+
+    name: str | None = None
+    type: str | None = None
+    activation: TensorSpec | None = None
+    weight: TensorSpec | None = None
+    keep: bool = False
+    observed: str | None = None
+    quantized: str | None = None
+
+    def __post_init__(self) -> None:
+        for field_name in ("type", "observed", "quantized"):
+            value = getattr(self, field_name)
+            if value is not None:
+                setting = f"LayerConfig({field_name}={value!r})"
+                object.__setattr__(self, field_name, path_of(value, setting))
+                load_class(getattr(self, field_name), setting)
+        shown = f"LayerConfig(name={self.name!r}, type={self.type!r})"
+        if not self.name and not self.type:
+            raise ConfigError(f"{shown}: give the name of the layers (or a pattern), or their type.")
+        for field_name in ("activation", "weight"):
+            spec = getattr(self, field_name)
+            if spec is not None and not isinstance(spec, TensorSpec):
+                raise ConfigError(f"{shown}: {field_name}={spec!r}: give a TensorSpec.")
+        _check_specs("LayerConfig", self.activation, self.weight)
+        if self.observed and not self.quantized:
+            raise ConfigError(f"{shown}: observed={self.observed!r} needs quantized=..., the module that follows it.")
+        specs = self.activation is not None or self.weight is not None
+        if (self.keep, specs, self.quantized is not None).count(True) != 1:
+            raise ConfigError(
+                f"{shown}: give one of: activation and weight, or keep=True, or quantized=... To leave layers in "
+                "float, use QuantConfig(skip=...)."
+            )
+
+
+def _check_specs(owner: str, activation: TensorSpec | None, weight: TensorSpec | None) -> None:
+    """Refuse what no int8 kernel takes."""
+    if activation is not None and activation.qscheme.startswith("per_channel"):
+        raise ConfigError(
+            f"{owner}(activation.qscheme={activation.qscheme!r}): int8 kernels take activations with one scale. Use "
+            "'per_tensor_affine' or 'per_tensor_symmetric'; per channel is for weights."
+        )
+    if weight is not None and weight.dtype == "quint8":
+        raise ConfigError(f"{owner}(weight.dtype='quint8'): int8 kernels take signed weights. Use 'qint8'.")
+    if weight is not None and weight.observer == "histogram":
+        raise ConfigError(
+            f"{owner}(weight.observer='histogram'): weights are known in full, a histogram is for activations. Use "
+            "'min_max' or 'moving_average'."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +219,8 @@ class QuantConfig:
         weight: How weights are quantized.
         targets: Names (or ``fnmatch`` patterns) of the submodules to quantize. Empty: found automatically.
         skip: Names (or ``fnmatch`` patterns) of submodules left in float. A pattern that matches nothing is an error.
+        layers: What is different for some layers: other observers or schemes, a user's own classes, modules to keep
+            whole. An entry that matches nothing is an error.
         reduce_range: Quantize weights to 7 bits. Needed on x86 CPUs without VNNI, whose int8 multiply-add saturates at
             16 bits. None: decided from this CPU, and written into every file.
         jit: With ``backend="torchscript"``: ``trace`` or ``script`` the model.
@@ -143,6 +242,7 @@ class QuantConfig:
     weight: TensorSpec = field(default_factory=TensorSpec)
     targets: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
+    layers: tuple[LayerConfig, ...] = ()
     reduce_range: bool | None = None
     min_coverage: float | None = None
     jit: JitName = "trace"
@@ -174,23 +274,19 @@ class QuantConfig:
             object.__setattr__(self, name, tuple(value))  # YAML gives lists
             if not all(isinstance(pattern, str) and pattern for pattern in getattr(self, name)):
                 raise ConfigError(f"QuantConfig({name}={value!r}): every pattern is a non-empty string.")
-        if self.activation.qscheme.startswith("per_channel"):
-            raise ConfigError(
-                f"QuantConfig(activation.qscheme={self.activation.qscheme!r}): int8 kernels take activations with one "
-                "scale. Use 'per_tensor_affine' or 'per_tensor_symmetric'; per channel is for weights."
-            )
-        if self.weight.dtype == "quint8":
-            raise ConfigError("QuantConfig(weight.dtype='quint8'): int8 kernels take signed weights. Use 'qint8'.")
-        if self.weight.observer == "histogram":
-            raise ConfigError(
-                "QuantConfig(weight.observer='histogram'): weights are known in full, a histogram is for activations. "
-                "Use 'min_max' or 'moving_average'."
-            )
-        if self.activation.dtype == "qint8" and self.engine in ("x86", "fbgemm", "onednn"):
-            raise ConfigError(
-                f"QuantConfig(activation.dtype='qint8', engine={self.engine!r}): the x86 kernels take unsigned "
-                "activations. Use 'quint8', or engine='qnnpack'."
-            )
+        if isinstance(self.layers, (LayerConfig, dict, str)):
+            raise ConfigError(f"QuantConfig(layers={self.layers!r}): give a list of LayerConfig.")
+        object.__setattr__(self, "layers", tuple(self.layers))
+        for layer in self.layers:
+            if not isinstance(layer, LayerConfig):
+                raise ConfigError(f"QuantConfig(layers={layer!r}): give LayerConfig entries.")
+        _check_specs("QuantConfig", self.activation, self.weight)
+        for spec in (self.activation, *(layer.activation for layer in self.layers if layer.activation)):
+            if spec.dtype == "qint8" and self.engine in ("x86", "fbgemm", "onednn"):
+                raise ConfigError(
+                    f"QuantConfig(activation.dtype='qint8', engine={self.engine!r}): the x86 kernels take unsigned "
+                    "activations. Use 'quint8', or engine='qnnpack'."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,15 +350,30 @@ def check_method(config: QuantConfig, method: Method) -> None:
     for package in packages:
         if find_spec(package) is None:
             raise MissingExtraError(package, extra, f"backend {config.backend!r}")
-    if method == "qat" and config.activation.observer not in ("auto", "moving_average"):
+    activations = [config.activation, *(layer.activation for layer in config.layers if layer.activation)]
+    weights = [config.weight, *(layer.weight for layer in config.layers if layer.weight)]
+    for spec in activations:
+        if method == "qat" and spec.observer in ("histogram", "min_max"):
+            raise ConfigError(
+                f"QuantConfig(activation.observer={spec.observer!r}) with quantization-aware training: ranges "
+                "follow the training with a moving average. Use 'auto' or 'moving_average'."
+            )
+        if method == "dynamic" and spec != TensorSpec():
+            raise ConfigError(
+                f"QuantConfig(activation={spec!r}) with method='dynamic': the range of each activation is "
+                "taken when it is computed. Leave activation at its default, or use method='static'."
+            )
+    for spec in (*activations, *weights):
+        if method != "qat" and spec.fake_quantize != "auto":
+            raise ConfigError(
+                f"TensorSpec(fake_quantize={spec.fake_quantize!r}) with method={method!r}: fake quantize is for "
+                "training. Leave it out, or use QuantizationAwareTraining."
+            )
+    swapped = [layer for layer in config.layers if layer.quantized]
+    if swapped and config.backend not in SWAPPING:
         raise ConfigError(
-            f"QuantConfig(activation.observer={config.activation.observer!r}) with quantization-aware training: ranges "
-            "follow the training with a moving average. Use 'auto' or 'moving_average'."
-        )
-    if method == "dynamic" and config.activation != TensorSpec():
-        raise ConfigError(
-            f"QuantConfig(activation={config.activation!r}) with method='dynamic': the range of each activation is "
-            "taken when it is computed. Leave activation at its default, or use method='static'."
+            f"LayerConfig(quantized={swapped[0].quantized!r}) with backend={config.backend!r}: it captures operators, "
+            f"not modules that could be exchanged. Use backend={' or '.join(map(repr, SWAPPING))}."
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,10 +12,12 @@ from torch.nn import functional as F
 
 from lightning_quant._torch_ao import (
     FakeQuantize,
+    FakeQuantizeBase,
     HistogramObserver,
     MinMaxObserver,
     MovingAverageMinMaxObserver,
     MovingAveragePerChannelMinMaxObserver,
+    ObserverBase,
     PerChannelMinMaxObserver,
     PlaceholderObserver,
     QConfig,
@@ -22,6 +26,8 @@ from lightning_quant._torch_ao import (
     get_default_qconfig_mapping,
 )
 from lightning_quant.config import Method, QuantConfig, TensorSpec
+from lightning_quant.custom import load_class
+from lightning_quant.errors import ConfigError
 from lightning_quant.fake_quantize import SharedFakeQuantize
 
 CONVS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -98,8 +104,16 @@ def _activation(config: QuantConfig, method: Method) -> Any:
         "min_max": MinMaxObserver,
         "moving_average": MovingAverageMinMaxObserver,
     }
+    own = own_observer(spec)
     if method == "static":
+        if own is not None:
+            return made_with(own, shared)
         return observers["histogram" if spec.observer == "auto" else spec.observer].with_args(**shared)
+    own_rounding = own_fake_quantize(spec)
+    if own is not None or own_rounding is not None:
+        averaging = {} if own is not None else {"averaging_constant": AVERAGING_CONSTANT}
+        observer = own or MovingAverageMinMaxObserver
+        return made_with(own_rounding or FakeQuantize, {"observer": observer, **averaging, **shared}, observer)
     # the fused kernel computes the moving average itself, so that it is the only estimator of training
     return SharedFakeQuantize.with_args(
         observer=MovingAverageMinMaxObserver, averaging_constant=AVERAGING_CONSTANT, **shared
@@ -118,11 +132,84 @@ def _weight(config: QuantConfig, method: Method, *, per_tensor: bool) -> Any:
     shared = {"dtype": _dtype(spec, "qint8"), "qscheme": qscheme, "quant_min": low, "quant_max": high}
     moving = MovingAveragePerChannelMinMaxObserver if per_channel else MovingAverageMinMaxObserver
     exact = PerChannelMinMaxObserver if per_channel else MinMaxObserver
+    own, own_rounding = own_observer(spec), own_fake_quantize(spec)
+    if method == "qat" and (own is not None or own_rounding is not None):
+        averaging = {} if own is not None else {"averaging_constant": 1.0}
+        observer = own or moving
+        return made_with(own_rounding or FakeQuantize, {"observer": observer, **averaging, **shared}, observer)
+    if own is not None:
+        return made_with(own, shared)
     if method == "qat":
         # averaging_constant=1: the range is that of the weights as they are now, without memory
         # Not torch's fused kernel: its scales of symmetric ranges are not those that the observer gives to convert.
         return FakeQuantize.with_args(observer=moving, averaging_constant=1.0, **shared)
     return (moving if spec.observer == "moving_average" else exact).with_args(**shared)
+
+
+def own_observer(spec: TensorSpec) -> Any:
+    """The user's own observer class, or None.
+
+    Raises:
+        ConfigError: It is no observer of torch.ao.
+    """
+    return _own(spec.observer, "observer", ObserverBase)
+
+
+def own_fake_quantize(spec: TensorSpec) -> Any:
+    """The user's own fake quantize class, or None.
+
+    Raises:
+        ConfigError: It is no fake quantize of torch.ao.
+    """
+    return _own(spec.fake_quantize, "fake_quantize", FakeQuantizeBase)
+
+
+def _own(path: str, setting: str, base: type) -> Any:
+    if "." not in path:
+        return None
+    found = load_class(path, f"TensorSpec({setting}={path!r})")
+    if not issubclass(found, base):
+        raise ConfigError(
+            f"TensorSpec({setting}={path!r}): it does not derive from torch.ao.quantization.{base.__name__}, which "
+            "this backend asks for."
+        )
+    return found
+
+
+def made_with(kind: Any, settings: dict[str, Any], inside: Any = None) -> Any:
+    """A constructor of an observer or fake quantize, with those of the settings that it takes.
+
+    Args:
+        kind: The class.
+        settings: ``dtype``, ``qscheme``, ``quant_min``, ``quant_max``, and what else we would say.
+        inside: The observer that a fake quantize makes, and passes its other arguments to.
+    """
+    return kind.with_args(**{k: v for k, v in settings.items() if _takes(kind, k, inside)})
+
+
+def _takes(kind: Any, name: str, inside: Any) -> bool:
+    for base in kind.__mro__:
+        if base in (FakeQuantizeBase, ObserverBase):
+            break
+        parameters = inspect.signature(base.__init__).parameters
+        if name in parameters:
+            return True
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return False
+    return inside is not None and _takes(inside, name, None)
+
+
+def config_of_layer(config: QuantConfig, name: str) -> QuantConfig:
+    """``config`` as it is for the layer ``name``. ``config.layers`` are names, one entry each."""
+    for layer in config.layers:
+        if layer.name == name:
+            return replace(
+                config,
+                layers=(),
+                activation=layer.activation or config.activation,
+                weight=layer.weight or config.weight,
+            )
+    return config
 
 
 def layer_qconfig(config: QuantConfig, method: Method, kind: type[nn.Module]) -> QConfig:

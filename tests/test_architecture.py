@@ -19,8 +19,9 @@ NAME = "lightning_quant"
 #: Bottom to top. A module imports from its own layer and from those below; a subpackage counts as one module here.
 LAYERS = (
     ("errors",),
-    ("structures", "_torch_ao", "_roots", "config", "arguments"),
-    ("recipes", "qat_modules", "qconfig", "fusion", "capture", "observers", "fake_quantize", "placement"),
+    ("custom", "structures", "_torch_ao", "_roots", "arguments"),
+    ("config",),
+    ("recipes", "qat_modules", "qconfig", "fusion", "capture", "observers", "fake_quantize", "placement", "layers"),
     ("backends",),
     ("phases", "attachment", "exporters", "runtime", "analysis"),
     ("evaluate", "inputs", "tuning", "report"),

@@ -26,7 +26,7 @@ X = torch.linspace(-1, 1, 12).reshape(3, 4)
 def capture(model: nn.Module, *args: Any, method: Method = "static", run: Any = None, **options: Any) -> Capture:
     recordings = record_calls(model, run or (lambda twin: twin(*args)))
     return find_targets(
-        model, recordings, lambda m, call: fx.check(m, call, method, QuantConfig()), method=method, **options
+        model, recordings, lambda name, m, call: fx.check(m, call, method, QuantConfig()), method=method, **options
     )
 
 

@@ -285,7 +285,8 @@ def test_an_unknown_method() -> None:
         (
             TensorSpec(observer="min_max"),
             "dynamic",
-            "QuantConfig(activation=TensorSpec(dtype='auto', qscheme='auto', observer='min_max')) with "
+            "QuantConfig(activation=TensorSpec(dtype='auto', qscheme='auto', observer='min_max', "
+            "fake_quantize='auto')) with "
             "method='dynamic': the range of each activation is taken when it is computed. Leave activation at its "
             "default, or use method='static'.",
         ),

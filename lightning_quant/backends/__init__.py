@@ -16,10 +16,13 @@ from torch import fx as torch_fx
 from torch import nn
 
 from lightning_quant.arguments import Call, Captured, Interface
-from lightning_quant.backends.graph import Backend, Prepared, info, is_graph, named, put
+from lightning_quant.backends.graph import Backend, Feasible, Prepared, info, is_graph, named, put
+from lightning_quant.backends.swapping import KEPT_WHOLE
+from lightning_quant.backends.tracing import LAYER
 from lightning_quant.capture import Capture, detached, find_targets, record_calls
-from lightning_quant.config import Method, ObserverName, QuantConfig, check_method, resolve
+from lightning_quant.config import SWAPPING, Method, ObserverName, QuantConfig, check_method, resolve
 from lightning_quant.errors import CaptureError, ConfigError
+from lightning_quant.layers import nearest, relative
 from lightning_quant.placement import imitate, uncompile
 
 
@@ -111,24 +114,38 @@ def capture_targets(
 ) -> Capture:
     """:func:`lightning_quant.capture.find_targets` with the tracer of the config's backend."""
     backend = backend_of(config)
+    layers = nearest(config.layers, model)
     # ranges do not matter yet, and those of a histogram cost more
     observer: ObserverName = "min_max" if method == "static" else "auto"
-    trial = replace(config, targets=(), skip=(), activation=replace(config.activation, observer=observer))
-    return find_targets(
+    own = config.activation.observer if "." in config.activation.observer else observer
+    trial = replace(config, targets=(), skip=(), activation=replace(config.activation, observer=own))
+    whole = {name: KEPT_WHOLE for name, layer in layers.items() if layer.keep}
+
+    def check(name: str, module: nn.Module, call: Call) -> Feasible:
+        inside = relative(layers, name, LAYER)
+        if config.backend not in SWAPPING and (keep := next((e.name for e in inside if e.keep), None)) is not None:
+            raise CaptureError(f"{keep} is to be kept whole, and backend {config.backend!r} captures all that is in it")
+        return backend.check(module, call, method, replace(trial, layers=inside))
+
+    found = find_targets(
         model,
         recordings,
-        lambda module, call: backend.check(module, call, method, trial),
+        check,
         method=method,
         targets=config.targets,
         skip=config.skip,
+        whole=whole,
         prefer_children=prefer_children,
     )
+    return replace(found, layers=layers)
 
 
 def prepare_target(model: nn.Module, capture: Capture, name: str, config: QuantConfig, method: Method) -> Any:
     """The prepared graph of one target of ``model``."""
     target = next(t for t in capture.targets if t.name == name)
-    own = replace(config, targets=(), skip=capture.relative_skips(target))
+    own = replace(
+        config, targets=(), skip=capture.relative_skips(target), layers=relative(capture.layers, target.name, LAYER)
+    )
     prepared = backend_of(config).prepare(model.get_submodule(name), own, method, target.call, between=target.between)
     return named(prepared, name)
 
@@ -205,7 +222,7 @@ def _check_same(graph: nn.Module, config: QuantConfig | None) -> None:
     if config is None:
         return
     used = info(graph).config
-    given = replace(resolve(config), targets=(), skip=used.skip)
+    given = replace(resolve(config), targets=(), skip=used.skip, layers=used.layers)
     if given.engine == "x86":  # it may have been narrowed to the one that works
         given = replace(given, engine=used.engine)
     if given != used:

@@ -11,7 +11,8 @@ from torch import fx, nn
 from lightning_quant import qat_modules
 from lightning_quant._torch_ao import FakeQuantizeBase, ObserverBase
 from lightning_quant.backends.constants import fold_weights, is_constant, is_layer, value_of
-from lightning_quant.backends.graph import check_seen
+from lightning_quant.backends.graph import check_seen, info
+from lightning_quant.backends.swapping import put_quantized
 
 
 def observe_weights(prepared: fx.GraphModule) -> None:
@@ -36,6 +37,7 @@ def finished(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None) -> fx.
     # not copied with the rest: they are those of the caller, or hold graphs of their own
     twin = copy.deepcopy(prepared, {id(prepared.get_submodule(name)): module for name, module in kept.items()})
     twin.cpu().eval()
+    put_quantized(twin, info(prepared).swapped)
     with torch.no_grad():
         module: Any
         for module in twin.modules():

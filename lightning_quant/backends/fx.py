@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from torch import fx, nn
@@ -23,7 +23,7 @@ from lightning_quant._torch_ao import (
     swap_float_functional,
 )
 from lightning_quant.arguments import Call
-from lightning_quant.backends import islands, kernels
+from lightning_quant.backends import islands, kernels, swapping
 from lightning_quant.backends.finishing import finished, observe_weights
 from lightning_quant.backends.graph import (
     CannotRun,
@@ -40,7 +40,7 @@ from lightning_quant.backends.tracing import Traced, trace
 from lightning_quant.config import Method, QuantConfig, resolve
 from lightning_quant.fake_quantize import SharedFakeQuantize
 from lightning_quant.fusion import FusedGroup, fuse
-from lightning_quant.qconfig import RNNS, layer_qconfig, qconfig_mapping, weight_range
+from lightning_quant.qconfig import RNNS, config_of_layer, layer_qconfig, qconfig_mapping, weight_range
 
 #: Where torch.ao is told to find the nodes that stay float. No module has this name.
 _ALONE = "lightning_quant float"
@@ -87,7 +87,8 @@ def prepare(
     twin = twin_of(model, share=training)
     twin.train(training)
     with working(config):
-        traced = trace(twin, example, training=training)
+        traced = trace(twin, example, training=training, whole=swapping.whole(config))
+        traced = swapping.with_observed(traced, config, training=training)
         narrow: frozenset[str] = frozenset()
         if method != "dynamic":
             plan = kernels.plan(traced.graph_module, config, weight_range(config)[1], config.skip)
@@ -111,16 +112,18 @@ def _prepare_traced(
     training = method == "qat"
     backend_config = _backend_config(method)
     mapping = qconfig_mapping(config, method)
-    for name in narrow:
-        kind = type(traced.graph_module.get_submodule(name))
-        mapping.set_module_name(name, layer_qconfig(replace(config, reduce_range=True), method, kind))
+    for name, kind in _own_settings(traced, config, narrow):
+        own = config_of_layer(config, traced.origins.get(name, name))
+        if name in narrow:
+            own = replace(own, reduce_range=True)
+        mapping.set_module_name(name, layer_qconfig(own, method, kind))
     for name in config.skip:
         mapping.set_module_name(name, None)
     for name, origin in traced.origins.items():
         if origin in config.skip:
             mapping.set_module_name(name, None)
     # torch.ao looks into modules that no pattern of it matches
-    alone = tuple(f"{name}." for name in (*traced.kept, *traced.float_layers))
+    alone = tuple(f"{name}." for name in (*traced.kept, *traced.float_layers, *traced.swapped))
     for name, _ in traced.graph_module.named_modules():
         if f"{name}.".startswith(alone):
             mapping.set_module_name(name, None)
@@ -168,9 +171,20 @@ def _prepare_traced(
         batch_norms=parts,
         kept=traced.kept,
         float_layers=traced.float_layers,
+        swapped=traced.swapped,
     )
     prepared.train(training)
     return with_info(prepared, known)
+
+
+def _own_settings(
+    traced: Traced, config: QuantConfig, narrow: Collection[str]
+) -> Iterator[tuple[str, type[nn.Module]]]:
+    """The modules that are not quantized as the rest is."""
+    named = {layer.name for layer in config.layers if layer.activation or layer.weight}
+    for name, module in traced.graph_module.named_modules():
+        if name in narrow or name in named or traced.origins.get(name) in named:
+            yield name, type(module)
 
 
 def _is_called_elsewhere(node: fx.Node, floats: list[fx.Node]) -> bool:

@@ -18,7 +18,7 @@ from torch import fx, nn
 from lightning_quant._torch_ao import is_fake_quantize, is_observer, quiet
 from lightning_quant.arguments import Call, Interface
 from lightning_quant.config import Method, QuantConfig
-from lightning_quant.errors import CalibrationError, CaptureError
+from lightning_quant.errors import CalibrationError, CaptureError, ConfigError
 from lightning_quant.fusion import FusedGroup
 from lightning_quant.placement import uncompile
 
@@ -41,6 +41,7 @@ class Prepared:
         batch_norms: Prepared module that holds a batch norm -> that batch norm in the float model.
         kept: Submodules that the graph calls as they are -> why. Other graphs may stand inside them.
         float_layers: Layers with weights that stay float for a reason of their own -> that reason.
+        swapped: Modules of a user's own in the graph -> the class that takes their place in the int8 model.
         weight_observers: Observers and fake quantizes of the graph that see weights, where these are not inside the
             layer that has the weight.
     """
@@ -54,6 +55,7 @@ class Prepared:
     batch_norms: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     float_layers: dict[str, str] = field(default_factory=dict)
+    swapped: dict[str, str] = field(default_factory=dict)
     weight_observers: frozenset[str] = frozenset()
 
 
@@ -273,7 +275,7 @@ def try_out(
             converted = convert(prepared)
             with engine(info(converted).config.engine), quiet():
                 converted(*copy.deepcopy(data))
-    except CaptureError:
+    except (CaptureError, ConfigError):
         raise
     except Exception as error:  # torch's own failures, and those of its kernels: whatever they raise
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""

@@ -12,7 +12,7 @@ import builtins
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any
@@ -43,6 +43,7 @@ class Traced:
         origins: For modules of the graph that stand for another one of the traced module: that one's name.
         kept: Submodules that the graph calls as they are, because they could not be traced -> why.
         float_layers: Layers with weights that stay float for a reason of their own -> that reason.
+        swapped: Modules of a user's own -> the class that takes their place in the int8 model.
     """
 
     graph_module: fx.GraphModule
@@ -52,6 +53,7 @@ class Traced:
     origins: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     float_layers: dict[str, str] = field(default_factory=dict)
+    swapped: dict[str, str] = field(default_factory=dict)
 
 
 class ModeDependent(nn.Module):
@@ -276,7 +278,7 @@ def _first_line(error: BaseException) -> str:
     return lines[0][:200] if lines else ""
 
 
-def trace(root: nn.Module, call: Call, *, training: bool = False) -> Traced:
+def trace(root: nn.Module, call: Call, *, training: bool = False, whole: Mapping[str, str] = {}) -> Traced:
     """The graph of ``root.forward`` for calls like ``call``.
 
     Submodules that cannot be traced are nodes of it that call them. The graph has been run on the data of ``call``, and
@@ -288,6 +290,7 @@ def trace(root: nn.Module, call: Call, *, training: bool = False) -> Traced:
         call: Tensors in it become placeholders, other values constants.
         training: The graph is to be trained: it obeys ``train()`` and ``eval()`` as ``root`` did. Else it is the graph
             of eval mode.
+        whole: Submodules that are called as they are -> why; ``""`` is ``root``, whose name in the graph is ``layer``.
 
     Raises:
         CaptureError: The code of ``root.forward`` itself cannot be traced, or does other things in training than in
@@ -295,7 +298,7 @@ def trace(root: nn.Module, call: Call, *, training: bool = False) -> Traced:
     """
     modes = {module: module.training for module in root.modules()}
     with expose_batch_norms(root) as exposed:
-        traced = _trace_with_modes(root, call, training, modes)
+        traced = _trace_with_modes(root, call, training, modes, dict(whole))
         own = {child: owner for child, owner in exposed.items() if child in traced.replaced}
     replaced = (*(name for name in traced.replaced if name not in own), *own.values())
     traced = replace(traced, replaced=replaced, origins=traced.origins | own)
@@ -306,9 +309,11 @@ def trace(root: nn.Module, call: Call, *, training: bool = False) -> Traced:
     return replace(traced, origins=traced.origins | rewritten.origins, kept=kept, float_layers=rewritten.float_layers)
 
 
-def _trace_with_modes(root: nn.Module, call: Call, training: bool, modes: dict[nn.Module, bool]) -> Traced:
+def _trace_with_modes(
+    root: nn.Module, call: Call, training: bool, modes: dict[nn.Module, bool], whole: dict[str, str]
+) -> Traced:
     try:
-        traced = _trace_in_evaluation(root, call, {})
+        traced = _trace_in_evaluation(root, call, whole)
         while training:
             root.train()
             in_training = _trace_once(root, call, traced.kept)

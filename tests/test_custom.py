@@ -1,0 +1,367 @@
+"""A user's own observer, fake quantize and modules, for all layers or for some, by class or import path."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import own_classes
+import pytest
+import torch
+import yaml
+from own_classes import (
+    CountingFakeQuantize,
+    Doubled,
+    HalfRange,
+    Network,
+    NotAnObserver,
+    ObservedDoubled,
+    ObservedWithItsOwnWeight,
+    QuantizedDoubled,
+    QuantizedFromFloat,
+    TwiceTheMean,
+)
+from torch import nn
+
+from lightning_quant import ConfigError, LayerConfig, QuantConfig, TensorSpec, convert, coverage, prepare
+from lightning_quant.backends import reference
+from lightning_quant.config import check_method
+from lightning_quant.layers import nearest
+
+OWN = "own_classes."
+
+
+def exactly(text: str) -> str:
+    return f"^{re.escape(text)}$"
+
+
+def images(count: int = 4) -> torch.Tensor:
+    return torch.randn(count, 3, 12, 12)
+
+
+def calibrated(model: nn.Module, config: QuantConfig, method: Any = "static") -> Any:
+    prepared = prepare(model.eval(), config, method=method, example_inputs=images(2))
+    with torch.no_grad():
+        prepared(images(16))
+    return prepared
+
+
+def scales(converted: nn.Module) -> dict[str, float]:
+    return {
+        name: float(m.scale) for name, m in converted.named_modules() if isinstance(getattr(m, "scale", None), float)
+    }
+
+
+# ---- names and paths
+
+
+@pytest.mark.parametrize("given", [HalfRange, OWN + "HalfRange"])
+def test_a_class_and_its_import_path_are_the_same_config(given: Any) -> None:
+    spec = TensorSpec(observer=given)
+    assert spec == TensorSpec(observer=OWN + "HalfRange")
+    assert yaml.safe_load(yaml.safe_dump(spec.observer)) == OWN + "HalfRange"
+
+
+def test_wrong_classes_and_paths() -> None:
+    class Local(HalfRange):
+        pass
+
+    cases: list[tuple[Any, str]] = [
+        (
+            lambda: TensorSpec(observer="own_classes.HalfRang"),
+            "TensorSpec(observer='own_classes.HalfRang'): 'own_classes.HalfRang' cannot be imported: module "
+            "'own_classes' has no attribute 'HalfRang'. Give 'package.module.Class', with the package installed or on "
+            "the Python path.",
+        ),
+        (
+            lambda: TensorSpec(observer="own_classes.images.nothing"),
+            "TensorSpec(observer='own_classes.images.nothing'): 'own_classes.images.nothing' cannot be imported: No "
+            "module named 'own_classes.images'; 'own_classes' is not a package. Give 'package.module.Class', with the "
+            "package installed or on the Python path.",
+        ),
+        (
+            lambda: TensorSpec(observer="torch.relu"),
+            "TensorSpec(observer='torch.relu'): 'torch.relu' is a builtin_function_or_method, not a class.",
+        ),
+        (
+            lambda: TensorSpec(fake_quantize=3),  # type: ignore[arg-type]
+            "TensorSpec(fake_quantize=3): 3 is no class. Give a class, or its import path as a text.",
+        ),
+        (
+            lambda: TensorSpec(observer=Local),  # type: ignore[arg-type]
+            f"TensorSpec(observer={Local!r}): test_wrong_classes_and_paths.<locals>.Local cannot be imported by its "
+            "name, so that checkpoints and files could not say what they were made with. Define it in a module, "
+            "outside of any function.",
+        ),
+    ]
+    for make, text in cases:
+        with pytest.raises(ConfigError, match=exactly(text)):
+            make()
+
+
+@pytest.mark.parametrize(
+    ("spec", "method", "text"),
+    [
+        (
+            TensorSpec(observer=OWN + "NotAnObserver"),
+            "static",
+            "TensorSpec(observer='own_classes.NotAnObserver'): it does not derive from "
+            "torch.ao.quantization.ObserverBase, which this backend asks for.",
+        ),
+        (
+            TensorSpec(fake_quantize=OWN + "HalfRange"),
+            "qat",
+            "TensorSpec(fake_quantize='own_classes.HalfRange'): it does not derive from "
+            "torch.ao.quantization.FakeQuantizeBase, which this backend asks for.",
+        ),
+        (
+            TensorSpec(fake_quantize=OWN + "CountingFakeQuantize"),
+            "static",
+            "TensorSpec(fake_quantize='own_classes.CountingFakeQuantize') with method='static': fake quantize is for "
+            "training. Leave it out, or use QuantizationAwareTraining.",
+        ),
+    ],
+)
+def test_a_class_that_is_not_what_it_is_given_for(spec: TensorSpec, method: Any, text: str) -> None:
+    with pytest.raises(ConfigError, match=exactly(text)):
+        prepare(Network().eval(), QuantConfig(activation=spec), method=method, example_inputs=images(2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (
+            {"keep": True},
+            "LayerConfig(name=None, type=None): give the name of the layers (or a pattern), or their type.",
+        ),
+        (
+            {"name": "head"},
+            "LayerConfig(name='head', type=None): give one of: activation and weight, or keep=True, or quantized=... "
+            "To leave layers in float, use QuantConfig(skip=...).",
+        ),
+        (
+            {"name": "head", "observed": OWN + "ObservedDoubled", "keep": True},
+            "LayerConfig(name='head', type=None): observed='own_classes.ObservedDoubled' needs quantized=..., the "
+            "module that follows it.",
+        ),
+        (
+            {"name": "head", "weight": TensorSpec(observer="histogram")},
+            "LayerConfig(weight.observer='histogram'): weights are known in full, a histogram is for activations. Use "
+            "'min_max' or 'moving_average'.",
+        ),
+        ({"name": "head", "weight": "int8"}, "LayerConfig(name='head', type=None): weight='int8': give a TensorSpec."),
+    ],
+)
+def test_entries_that_cannot_be(settings: Any, text: str) -> None:
+    with pytest.raises(ConfigError, match=exactly(text)):
+        LayerConfig(**settings)
+
+
+@pytest.mark.parametrize("backend", ["torchscript", "pt2e"])
+def test_exchange_needs_a_backend_with_modules(backend: Any) -> None:
+    config = QuantConfig(backend=backend, layers=(LayerConfig(name="own", quantized=QuantizedFromFloat),))  # type: ignore[arg-type]
+    text = (
+        f"LayerConfig(quantized='own_classes.QuantizedFromFloat') with backend={backend!r}: it captures operators, not "
+        "modules that could be exchanged. Use backend='fx' or 'eager'."
+    )
+    with pytest.raises(ConfigError, match=exactly(text)):
+        check_method(config, "static")
+
+
+# ---- which entry counts
+
+
+def own(observer: str) -> TensorSpec:
+    return TensorSpec(observer=observer)
+
+
+def test_the_nearest_entry_counts() -> None:
+    model = nn.ModuleDict(
+        {"encoder": nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), "head": nn.Linear(2, 2)}
+    )
+    entries = (
+        LayerConfig(name="*", weight=own("min_max")),
+        LayerConfig(name="encoder.0", weight=own("moving_average")),
+        LayerConfig(name="encoder.*", activation=own("min_max")),
+        LayerConfig(type=nn.Linear, activation=own("moving_average")),  # type: ignore[arg-type]
+        LayerConfig(name="encoder", keep=True),
+    )
+    found = {name: (e.activation, e.weight, e.keep) for name, e in nearest(entries, model).items()}
+    assert found == {
+        "encoder": (None, None, True),
+        "encoder.0": (None, own("moving_average"), False),  # a name before a pattern
+        "encoder.1": (own("min_max"), None, False),  # more letters before fewer
+        "encoder.2": (own("min_max"), None, False),
+        "head": (None, own("min_max"), False),  # a name before a type
+    }
+
+
+def test_an_entry_for_a_module_speaks_of_what_is_inside() -> None:
+    model = nn.ModuleDict({"encoder": nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))})
+    entries = (
+        LayerConfig(name="encoder", weight=own("min_max")),
+        LayerConfig(name="encoder.1", weight=own("moving_average")),
+    )
+    found = {name: e.weight.observer for name, e in nearest(entries, model).items() if e.weight}
+    assert found == {
+        "encoder": "min_max",
+        "encoder.0": "min_max",
+        "encoder.1": "moving_average",
+        "encoder.1.0": "moving_average",
+    }
+
+
+@pytest.mark.parametrize(
+    ("entry", "text"),
+    [
+        (
+            LayerConfig(name="heads", keep=True),
+            "LayerConfig(name='heads', type=None) matches no submodule. Did you mean 'head'?",
+        ),
+        (
+            LayerConfig(type="torch.nn.Conv3d", keep=True),
+            "LayerConfig(name=None, type='torch.nn.modules.conv.Conv3d') matches no submodule. Did you mean "
+            "'torch.nn.modules.conv.Conv2d'?",
+        ),
+    ],
+)
+def test_an_entry_that_matches_nothing(entry: LayerConfig, text: str) -> None:
+    if entry.type:
+        text = text.replace("torch.nn.modules.conv.Conv3d", entry.type)
+    with pytest.raises(ConfigError) as error:
+        prepare(Network().eval(), QuantConfig(layers=(entry,)), method="static", example_inputs=images(2))
+    assert str(error.value).startswith(text[: text.index("matches") + 8])
+
+
+# ---- what they do
+
+
+@pytest.mark.parametrize("backend", ["fx"])
+@pytest.mark.parametrize("observer", [HalfRange, TwiceTheMean])
+def test_an_observer_of_all_activations(backend: Any, observer: Any) -> None:
+    model = Network()
+    torch.manual_seed(1)
+    stock = convert(calibrated(model, QuantConfig(backend=backend, activation=own("min_max"))))
+    torch.manual_seed(1)
+    other = convert(calibrated(model, QuantConfig(backend=backend, activation=TensorSpec(observer=observer))))
+    before, after = scales(stock), scales(other)
+    assert before.keys() == after.keys()
+    assert before
+    if observer is HalfRange:
+        for name in before:
+            assert after[name] == pytest.approx(before[name] / 2)
+
+
+@pytest.mark.parametrize("backend", ["fx"])
+def test_an_observer_of_one_layer(backend: Any) -> None:
+    model = Network()
+    spec = TensorSpec(observer=HalfRange)  # type: ignore[arg-type]
+    torch.manual_seed(1)
+    stock = scales(convert(calibrated(model, QuantConfig(backend=backend, activation=own("min_max")))))
+    torch.manual_seed(1)
+    config = QuantConfig(
+        backend=backend, activation=own("min_max"), layers=(LayerConfig(name="second", activation=spec),)
+    )
+    other = scales(convert(calibrated(model, config)))
+    assert other["second"] == pytest.approx(stock["second"] / 2)
+    assert {k: v for k, v in other.items() if k != "second"} == {k: v for k, v in stock.items() if k != "second"}
+
+
+@pytest.mark.parametrize("backend", ["fx"])
+def test_weights_of_one_type(backend: Any) -> None:
+    spec = TensorSpec(qscheme="per_tensor_symmetric")
+    config = QuantConfig(backend=backend, layers=(LayerConfig(type="torch.nn.Conv2d", weight=spec),))
+    converted = convert(calibrated(Network(), config))
+    schemes = {
+        name: m.weight().qscheme() for name, m in converted.named_modules() if callable(getattr(m, "weight", None))
+    }
+    assert schemes["first"] == schemes["second"] == torch.per_tensor_affine
+    assert schemes["head"] == torch.per_channel_affine
+
+
+@pytest.mark.parametrize("backend", ["fx"])
+def test_a_fake_quantize_of_ones_own_trains(backend: Any) -> None:
+    spec = TensorSpec(fake_quantize=CountingFakeQuantize, observer=HalfRange)  # type: ignore[arg-type]
+    model = Network()
+    config = QuantConfig(backend=backend, activation=spec, weight=TensorSpec(fake_quantize=CountingFakeQuantize))  # type: ignore[arg-type]
+    prepared = prepare(model, config, method="qat", example_inputs=images(2))
+    prepared(images()).sum().backward()
+    found = [m for m in prepared.modules() if isinstance(m, CountingFakeQuantize)]
+    assert len(found) >= 6  # three weights, and what goes in and out
+    assert all(m.calls for m in found)
+    assert all(p.grad is not None for p in model.parameters() if p is not model.own.weight)
+    convert(prepared)
+
+
+@pytest.mark.parametrize("backend", ["fx"])
+def test_a_module_is_kept_whole(backend: Any) -> None:
+    model = Network()
+    config = QuantConfig(backend=backend, layers=(LayerConfig(name="second", keep=True),))
+    converted = convert(calibrated(model, config))
+    rows = {row.name: row for row in coverage(converted, images(2)).rows}
+    assert not rows["second"].int8
+    assert rows["first"].int8
+    assert rows["head"].int8
+
+
+@pytest.mark.parametrize("backend", ["fx"])
+@pytest.mark.parametrize("by", [{"name": "own"}, {"type": Doubled}])
+def test_a_module_is_exchanged(backend: Any, by: Any) -> None:
+    model = Network().eval()
+    entry = LayerConfig(observed=ObservedDoubled, quantized=QuantizedDoubled, **by)  # type: ignore[arg-type]
+    prepared = calibrated(model, QuantConfig(backend=backend, layers=(entry,)))
+    observed = [m for m in prepared.modules() if isinstance(m, ObservedDoubled)]
+    assert len(observed) == 1
+    assert observed[0].largest > 0
+    converted, neutral = convert(prepared), reference(prepared)
+    for graph in (converted, neutral):
+        (quantized,) = [m for m in graph.modules() if isinstance(m, QuantizedDoubled)]
+        assert quantized.step == pytest.approx(float(observed[0].largest) / 8)
+        assert not [m for m in graph.modules() if isinstance(m, (Doubled, ObservedDoubled))]
+    x = images()
+    # what it gives is what the class computes of the data before it
+    seen: list[torch.Tensor] = []
+    (module,) = [m for m in converted.modules() if isinstance(m, QuantizedDoubled)]
+    module.register_forward_hook(lambda m, args, output: seen.extend([args[0], output]))
+    converted(x)
+    step = module.step
+    assert torch.equal(seen[1], 2 * (torch.round(seen[0] / step) * step) @ model.own.weight)
+
+
+def test_a_module_is_exchanged_for_one_made_from_float() -> None:
+    model = Network().eval()
+    entry = LayerConfig(name="own", quantized=OWN + "QuantizedFromFloat")
+    converted = convert(calibrated(model, QuantConfig(layers=(entry,))))
+    (module,) = [m for m in converted.modules() if isinstance(m, QuantizedFromFloat)]
+    assert torch.equal(module.weight, torch.round(model.own.weight * 16) / 16)
+
+
+def test_what_observes_trains_the_layer() -> None:
+    model = Network()
+    entry = LayerConfig(name="own", observed=ObservedDoubled, quantized=QuantizedDoubled)  # type: ignore[arg-type]
+    prepared = prepare(model, QuantConfig(layers=(entry,)), method="qat", example_inputs=images(2))
+    prepared(images()).sum().backward()
+    assert model.own.weight.grad is not None
+    wrong = copy.copy(entry)
+    object.__setattr__(wrong, "observed", OWN + ObservedWithItsOwnWeight.__name__)
+    text = (
+        "own_classes.ObservedWithItsOwnWeight.from_float(own) has 1 Parameters less than the layer: training would not "
+        "reach them. Let from_float use the Parameter objects of what it is given."
+    )
+    with pytest.raises(ConfigError, match=exactly(text)):
+        prepare(model, QuantConfig(layers=(wrong,)), method="qat", example_inputs=images(2))
+
+
+def test_a_class_without_a_maker() -> None:
+    entry = LayerConfig(name="own", quantized=OWN + NotAnObserver.__name__)
+    text = (
+        "LayerConfig(quantized='own_classes.NotAnObserver'): it has no class method from_observed or from_float that "
+        "makes it from a module."
+    )
+    with pytest.raises(ConfigError, match=exactly(text)):
+        prepare(Network().eval(), QuantConfig(layers=(entry,)), method="static", example_inputs=images(2))
+
+
+def test_the_classes_of_this_test_are_the_users() -> None:
+    assert HalfRange.__module__ == own_classes.__name__
