@@ -138,6 +138,7 @@ DEPRECATIONS = (
     "Please use quant_min and quant_max to specify the range for observers",
     "TypedStorage is deprecated",
     "To copy construct from a tensor",  # torch's own reference LSTM and GRU
+    r"The tensor attributes? .*_flat_weights",  # the list in which torch's own recurrent layers keep their Parameters
 )
 
 

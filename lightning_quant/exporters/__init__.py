@@ -199,7 +199,8 @@ def _write_one(program: Program, source: nn.Module, name: str, path: Path) -> Ar
     }
     # two samples: with one, exporters take the batch for a constant
     try:
-        _EXPORTERS[name](source, with_batch(program.data, 2), path, metadata)
+        with engine(program.config.engine):
+            _EXPORTERS[name](source, with_batch(program.data, 2), path, metadata)
     except QuantizationError:
         raise
     except Exception as error:

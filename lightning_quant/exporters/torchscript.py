@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 from pathlib import Path
@@ -16,13 +17,29 @@ METADATA_FILE = "lightning_quant.json"
 
 
 def freeze(module: nn.Module, inputs: tuple[Any, ...]) -> torch.jit.ScriptModule:
-    """``module`` traced on ``inputs`` and frozen: weights are constants, dead code is gone."""
+    """``module`` traced on ``inputs`` and frozen: weights are constants, dead code is gone.
+
+    Int8 weights are packed for ``torch.backends.quantized.engine``.
+    """
     with quiet(), warnings.catch_warnings(), torch.no_grad():
         # graphs have no branches on data; those that torch warns of are inside its own int8 recurrent layers
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
         traced = torch.jit.trace(module.eval(), inputs, check_trace=False, strict=False)
-        frozen: torch.jit.ScriptModule = torch.jit.freeze(traced)
+        frozen: torch.jit.ScriptModule = torch.jit.freeze(_on_its_own(traced))
     return frozen
+
+
+def _on_its_own(traced: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+    """The same program, compiled apart from all others.
+
+    What Python traces is compiled into one unit for the whole process, which keeps the constants of every frozen
+    program for good: the weights of each model, again for each file. What is loaded has a unit of its own.
+    """
+    buffer = io.BytesIO()
+    torch.jit.save(traced, buffer)
+    buffer.seek(0)
+    loaded: torch.jit.ScriptModule = torch.jit.load(buffer)
+    return loaded.eval()
 
 
 def export(module: nn.Module, inputs: tuple[Any, ...], path: Path, metadata: dict[str, Any]) -> Path:
