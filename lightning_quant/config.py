@@ -405,12 +405,10 @@ def resolve_formats(
     left_out: dict[str, str] = {}
     all_formats: tuple[FormatName, ...] = get_args(FormatName)
     for name in all_formats:
-        if name == able[0]:
+        if name == able[0] or name not in _BY_DEFAULT:
             continue
         if name not in able:
             left_out[name] = f"backend {config.backend!r} does not write it for method {method!r}"
-        elif name not in _BY_DEFAULT:
-            left_out[name] = "it is written where ExportConfig(formats=...) names it"
         elif missing := _missing_packages(name):
             left_out[name] = f"{missing[0]} is not installed: pip install 'lightning-quant[{FORMAT_PACKAGES[name][1]}]'"
         else:

@@ -138,7 +138,8 @@ class QuantReport:
     def print(self, console: Console | None = None) -> None:
         """Show the tables on the console."""
         console = console or Console()
-        for title, (head, rows) in ((f"int8 by {self.method}", self._summary()), ("files", self._files())):
+        tables = {f"int8 by {self.method} of {self.config['backend']}": self._summary(), "files": self._files()}
+        for title, (head, rows) in tables.items():
             table = Table(title=title, title_justify="left")
             for number, text in enumerate(head):
                 right = number > 0 and title != "files"
@@ -176,7 +177,7 @@ def _files_of(report: Path) -> set[str]:
     """The names of the files that an earlier report lists, as far as this package gives such names."""
     try:
         names = {Path(str(f)).name for f in _leaves(json.loads(report.read_text(encoding="utf8"))["artifacts"])}
-        return {name for name in names if re.fullmatch(r"model(\..+)?\.(ts|onnx)", name)}
+        return {name for name in names if re.fullmatch(r"model(\..+)?\.(ts|onnx|pt2)", name)}
     except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
         return set()
 

@@ -34,8 +34,6 @@ from lightning_quant.config import (
     resolve_formats,
 )
 
-NOT_NAMED = {"pt2": "it is written where ExportConfig(formats=...) names it"}
-
 
 def exactly(text: str) -> str:
     return f"^{re.escape(text)}$"
@@ -313,22 +311,21 @@ def everything(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("everything")
 @pytest.mark.parametrize("method", ["static", "qat"])
 def test_formats_are_all_that_can_be_written(method: Any) -> None:
-    assert resolve_formats(QuantConfig(), method, ExportConfig()) == (("torchscript", "onnx"), NOT_NAMED)
+    assert resolve_formats(QuantConfig(), method, ExportConfig()) == (("torchscript", "onnx"), {})
 
 
 @pytest.mark.usefixtures("only_torch")
 def test_a_format_whose_package_is_missing_is_left_out() -> None:
     chosen, left_out = resolve_formats(QuantConfig(), "static", ExportConfig())
     assert chosen == ("torchscript",)
-    assert left_out == {"onnx": "onnx is not installed: pip install 'lightning-quant[onnx]'", **NOT_NAMED}
+    assert left_out == {"onnx": "onnx is not installed: pip install 'lightning-quant[onnx]'"}
 
 
 @pytest.mark.usefixtures("everything")
 def test_a_format_that_the_method_cannot_write_is_left_out() -> None:
     chosen, left_out = resolve_formats(QuantConfig(), "dynamic", ExportConfig())
     assert chosen == ("torchscript",)
-    reason = "backend 'fx' does not write it for method 'dynamic'"
-    assert left_out == {"onnx": reason, "pt2": reason}
+    assert left_out == {"onnx": "backend 'fx' does not write it for method 'dynamic'"}
 
 
 @pytest.mark.usefixtures("everything")
