@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from lightning_quant.backends.constants import fold_weights, is_constant, value_of
+from lightning_quant.backends.kernels import plain_dilation
 from lightning_quant.qconfig import CONV_FUNCTIONS, CONV_TRANSPOSE_FUNCTIONS, CONV_TRANSPOSES, CONVS
 
 
@@ -239,6 +240,8 @@ def _write_out_convolutions(graph_module: fx.GraphModule) -> None:
     for node in graph_module.graph.nodes:
         if node.op == "call_module":
             module = graph_module.get_submodule(node.target)
+            if type(module) in (*CONVS, *CONV_TRANSPOSES):
+                module = _without_idle_dilation(graph_module, node, module)
             if type(module) in CONVS:
                 _pad_apart(graph_module, node, module)
             elif type(module) in CONV_TRANSPOSES:
@@ -247,6 +250,17 @@ def _write_out_convolutions(graph_module: fx.GraphModule) -> None:
                 view = _view(module)
                 view.inplace = False
                 graph_module.add_submodule(str(node.target), view)
+
+
+def _without_idle_dilation(graph_module: fx.GraphModule, node: fx.Node, conv: Any) -> Any:
+    """Give a convolution the dilation that its kernel is asked about."""
+    dilation = plain_dilation(conv.kernel_size, conv.dilation, conv.stride, getattr(conv, "output_padding", None))
+    if dilation == tuple(conv.dilation):
+        return conv
+    view = _view(conv)
+    view.dilation = dilation
+    graph_module.add_submodule(str(node.target), view)
+    return view
 
 
 def _size_apart(graph_module: fx.GraphModule, node: fx.Node, conv: nn.Module) -> None:
@@ -320,6 +334,12 @@ def _write_out(graph_module: fx.GraphModule, node: fx.Node) -> None:
                 values["input"] = graph_module.graph.call_function(F.pad, (values["input"], sides))
             padding = (0,) * dims
         values["padding"] = padding
+    weight = values["weight"]
+    if any(d != 1 for d in values["dilation"]) and isinstance(weight, fx.Node) and is_constant(graph_module, weight):
+        with torch.no_grad():
+            kernel = tuple(value_of(graph_module, weight).shape[2:])
+        extra = values["output_padding"] if transposed else None
+        values["dilation"] = plain_dilation(kernel, values["dilation"], values["stride"], extra)
     node.args = tuple(values[name] for name in names)
     node.kwargs = {}
 
