@@ -29,7 +29,7 @@ from lightning_quant._torch_ao import (
     swap_float_functional,
 )
 from lightning_quant.arguments import Call, Interface
-from lightning_quant.backends import islands, kernels
+from lightning_quant.backends import embeddings, islands, kernels
 from lightning_quant.backends.constants import fold_weights, is_constant, is_layer, value_of
 from lightning_quant.backends.tracing import Traced, trace
 from lightning_quant.config import Method, QuantConfig, TensorSpec, resolve
@@ -188,6 +188,9 @@ def prepare(
     twin.train(training)
     with _working(config):
         traced = trace(twin, example, training=training)
+        skipped = {*config.skip, *(name for name, origin in traced.origins.items() if origin in config.skip)}
+        reasons = embeddings.place(traced.graph_module, skipped, training=training)
+        traced = replace(traced, float_layers=traced.float_layers | reasons)
         narrow: frozenset[str] = frozenset()
         if method != "dynamic":
             plan = kernels.plan(traced.graph_module, config, weight_range(config)[1], config.skip)
@@ -496,6 +499,7 @@ def convert(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None) 
     with _working(known.config):
         twin = _finished(prepared, kept)
         converted = convert_graph(twin, is_reference=False, backend_config=_backend_config(known.method))
+        embeddings.pack(converted)
     islands.drop_marks(converted)
     converted.meta[_META] = known
     return converted.eval()
@@ -537,6 +541,7 @@ def reference(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None
             is_decomposed=True,
             backend_config=_backend_config(known.method),
         )
+        embeddings.store(converted)
     islands.drop_marks(converted)
     converted.meta[_META] = known
     return converted.eval()

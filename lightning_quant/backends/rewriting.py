@@ -7,6 +7,7 @@ layers, and what a kernel cannot do for a layer (padding with other values, outp
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 from lightning_quant.backends.constants import fold_weights, is_constant, value_of
 from lightning_quant.backends.kernels import plain_dilation
-from lightning_quant.qconfig import CONV_FUNCTIONS, CONV_TRANSPOSE_FUNCTIONS, CONV_TRANSPOSES, CONVS
+from lightning_quant.qconfig import CONV_FUNCTIONS, CONV_TRANSPOSE_FUNCTIONS, CONV_TRANSPOSES, CONVS, EMBEDDINGS
 
 
 class Opaque(nn.Module):
@@ -61,7 +62,7 @@ def rewrite(
     if not training:
         fold_weights(graph_module)
     _drop_identities(graph_module)
-    origins = _layers_of_functions(graph_module, scopes)
+    origins = _layers_of_functions(graph_module, scopes) | _embeddings_of_functions(graph_module, scopes)
     # a module that is kept may carry state: its calls are calls of the one module
     origins |= _separate_calls(graph_module, kept)
     origins |= _hide_batch_norms(graph_module, training)
@@ -158,16 +159,8 @@ def _layers_of_functions(graph_module: fx.GraphModule, scopes: dict[str, tuple[s
         tensor = operator.attrgetter(str(weight.target))(graph_module)
         offset = None if bias is None else operator.attrgetter(str(bias.target))(graph_module)
         layer = _layer(_LAYERS[node.target], tensor, offset, node.args[3:])
-        owner, _, attribute = str(weight.target).rpartition(".")
-        if str(weight.target).startswith("folded_"):
-            owner, attribute = scopes.get(node.name, ("", None))[0], "weight"
-        stem = attribute.removesuffix("weight").rstrip("_")
-        name = ".".join(x for x in (owner, stem) if x) or "function"
-        if name != owner or not _is_free(graph_module, name, {weight, bias}):
-            base, number = name, 0
-            while graph_module_has(graph_module, name):
-                number += 1
-                name = f"{base}_call{number}"
+        name, owner = _name_for(graph_module, weight, {weight, bias}, scopes.get(node.name, ("", None))[0])
+        if name != owner:
             origins[name] = owner
         graph_module.add_submodule(name, layer)
         node.op, node.target, node.args, node.kwargs = "call_module", name, (values["input"],), {}
@@ -175,6 +168,58 @@ def _layers_of_functions(graph_module: fx.GraphModule, scopes: dict[str, tuple[s
         if node.op == "get_attr" and not node.users:
             graph_module.graph.erase_node(node)
     return {name: origin for name, origin in origins.items() if origin}
+
+
+def _name_for(graph_module: fx.GraphModule, weight: fx.Node, used: Collection[Any], scope: str) -> tuple[str, str]:
+    """The name for a layer with a stored weight, and that of the module whose weight it is.
+
+    Args:
+        graph_module: In which it will be.
+        weight: The node that reads the weight.
+        used: The nodes that read what the layer will have.
+        scope: The module in which it was called.
+    """
+    owner, _, attribute = str(weight.target).rpartition(".")
+    if str(weight.target).startswith("folded_"):
+        owner, attribute = scope, "weight"
+    stem = attribute.removesuffix("weight").rstrip("_")
+    name = ".".join(x for x in (owner, stem) if x) or "function"
+    if name != owner or not _is_free(graph_module, name, used):
+        base, number = name, 0
+        while graph_module_has(graph_module, name):
+            number += 1
+            name = f"{base}_call{number}"
+    return name, owner
+
+
+def _embeddings_of_functions(graph_module: fx.GraphModule, scopes: dict[str, tuple[str, type]]) -> dict[str, str]:
+    """As :func:`_layers_of_functions`, for ``F.embedding`` and ``F.embedding_bag``."""
+    origins: dict[str, str] = {}
+    for node in list(graph_module.graph.nodes):
+        if node.op != "call_function" or node.target not in (F.embedding, F.embedding_bag):
+            continue
+        values = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments
+        data = {key: values.pop(key) for key in ("input", "offsets", "per_sample_weights") if key in values}
+        weight = values.pop("weight")
+        if not isinstance(weight, fx.Node) or weight.op != "get_attr" or not isinstance(data["input"], fx.Node):
+            continue
+        if any(isinstance(value, fx.Node) for value in values.values()):
+            continue
+        tensor = operator.attrgetter(str(weight.target))(graph_module)
+        kind: Any = nn.Embedding if node.target is F.embedding else nn.EmbeddingBag
+        with torch.device("meta"):
+            layer = kind(*tensor.shape, **values)
+        layer.weight = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+        layer.is_view = True
+        name, owner = _name_for(graph_module, weight, {weight}, scopes.get(node.name, ("", None))[0])
+        if name != owner and owner:
+            origins[name] = owner
+        graph_module.add_submodule(name, layer)
+        node.op, node.target, node.args, node.kwargs = "call_module", name, (data.pop("input"),), data
+    for node in reversed(list(graph_module.graph.nodes)):
+        if node.op == "get_attr" and not node.users:
+            graph_module.graph.erase_node(node)
+    return origins
 
 
 def graph_module_has(graph_module: nn.Module, name: str) -> bool:
@@ -386,6 +431,8 @@ def _separate_calls(graph_module: fx.GraphModule, kept: Collection[str]) -> dict
         if node.op != "call_module" or node.target in kept:
             continue
         original = modules[node.target]
+        if type(original) in EMBEDDINGS:  # a table has no ranges, and is stored once
+            continue
         if first.setdefault(id(original), node.target) == node.target and node.target not in seen:
             seen.add(node.target)
             continue

@@ -161,6 +161,17 @@ def check_exportable(program: Program) -> None:
         ) from error
 
 
+def smaller(module: nn.Module, data: tuple[Any, ...], size: int) -> tuple[Any, ...]:
+    """:func:`with_batch`; or ``data``, where ``module`` cannot run on that: bags and their offsets are no batch."""
+    cut = with_batch(data, size)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            module(*cut)
+    except Exception:  # whatever torch or the user's code raises
+        return data
+    return cut
+
+
 def _write_one(program: Program, source: nn.Module, name: str, path: Path) -> Artifact:
     label = f"{name} export of {program.name or 'forward'}"
     with torch.no_grad(), fx.engine(program.config.engine):
@@ -199,7 +210,9 @@ def _write_one(program: Program, source: nn.Module, name: str, path: Path) -> Ar
     }
     # two samples: with one, exporters take the batch for a constant
     try:
-        _EXPORTERS[name](source, with_batch(program.data, 2), path, metadata)
+        with fx.engine(program.config.engine):
+            inputs = smaller(source, program.data, 2)
+        _EXPORTERS[name](source, inputs, path, metadata)
     except QuantizationError:
         raise
     except Exception as error:
@@ -217,7 +230,8 @@ def _verify(label: str, path: Path, source: nn.Module, expected: Any, program: P
         loaded = load(path)
     except ArtifactError as error:
         raise ExportError(f"{label}: the file that was just written cannot be loaded: {error}") from error
-    single = with_batch(program.data, 1)
+    with fx.engine(program.config.engine):
+        single = smaller(source, program.data, 1)
     with torch.no_grad(), fx.engine(program.config.engine):
         pairs = [(expected, loaded(*program.data)), (source(*single), loaded(*single))]
         figures = [sqnr_db(ours, theirs) for ours, theirs in pairs]
