@@ -78,6 +78,7 @@ def _write_out_functions(graph_module: fx.GraphModule) -> None:
     for node in graph_module.graph.nodes:
         if node.op == "call_method" and node.target == "view" and not _is_type(node.args[1:]):
             node.target = "reshape"  # int8 kernels give channels-last tensors, of which some views are none
+        _write_out_move(graph_module, node)
         if node.op != "call_function":
             continue
         if node.target is torch.relu:
@@ -89,6 +90,22 @@ def _write_out_functions(graph_module: fx.GraphModule) -> None:
             _write_out(graph_module, node)
         else:
             _write_out_product(graph_module, node)
+
+
+def _write_out_move(graph_module: fx.GraphModule, node: fx.Node) -> None:
+    """Give what flattens and reshapes the one form that torch.ao's table of int8 operators has an entry for."""
+    if node.op == "call_method" and node.target == "flatten":
+        node.op, node.target = "call_function", torch.flatten
+    elif node.op == "call_function" and node.target is torch.reshape:
+        values = {**dict(zip(("input", "shape"), node.args, strict=False)), **node.kwargs}
+        node.op, node.target = "call_method", "reshape"
+        node.args, node.kwargs = (values["input"], values["shape"]), {}
+    elif node.op == "call_module":
+        module: Any = graph_module.get_submodule(str(node.target))
+        if type(module) is nn.Flatten and not module._forward_hooks and not module._forward_pre_hooks:
+            node.op, node.target = "call_function", torch.flatten
+            node.args = (*node.args, *node.kwargs.values(), module.start_dim, module.end_dim)
+            node.kwargs = {}
 
 
 def _is_type(args: tuple[Any, ...]) -> bool:
