@@ -24,7 +24,7 @@ from lightning_quant.arguments import Call, Interface, signature_of
 from lightning_quant.config import LayerConfig, Method, near
 from lightning_quant.errors import CaptureError, ConfigError
 from lightning_quant.placement import is_compiled
-from lightning_quant.qconfig import QUANTIZABLE, WEIGHTED
+from lightning_quant.qconfig import EMBEDDINGS, QUANTIZABLE, WEIGHTED
 from lightning_quant.structures import settings
 
 
@@ -339,7 +339,13 @@ def find_targets(
             f"forward reaches.{details}"
         )
     found = [t for t in found if not _is_part_of_another(t, found, modules, recordings)]
-    covered = {layer for t in found for layer in weight_layers(modules[t.name], t.name) if not _is_kept(layer, t)}
+    covered = set()
+    for t in found:
+        for layer in weight_layers(modules[t.name], t.name):
+            if layer != t.name and _is_looked_up_before(layer, t.name, modules[t.name], recordings):
+                reasons.setdefault(layer, f"it is called from outside of {t.label}, which holds it")
+            elif not _is_kept(layer, t):
+                covered.add(layer)
     for layer in weight_layers(model):
         if layer not in covered and layer not in reasons:
             around = [reason for name, reason in reasons.items() if layer.startswith(name + ".")]
@@ -397,6 +403,15 @@ def _is_kept(layer: str, target: Target) -> bool:
     return any(layer == _join(target.name, k) or layer.startswith(_join(target.name, k) + ".") for k in target.kept)
 
 
+def _is_looked_up_before(layer: str, name: str, module: nn.Module, recordings: dict[str, Recording]) -> bool:
+    """Whether an embedding is held by ``module`` for its callers, who hand in its rows: then it is in no graph."""
+    inside = layer.removeprefix(name + ".") if name else layer
+    seen = recordings.get(layer)
+    if seen is None or not isinstance(module.get_submodule(inside), EMBEDDINGS):
+        return False
+    return not any(name in stack for stack in seen.within)
+
+
 def _attempt(
     name: str,
     module: nn.Module,
@@ -412,6 +427,8 @@ def _attempt(
     for layer in layers:
         seen = recordings.get(layer)
         if layer != name and seen and not all(name in stack for stack in seen.within):
+            if _is_looked_up_before(layer, name, module, recordings):
+                continue
             return f"{layer} is also called from outside of it"
     if len(recordings[name].ways) > 1:
         return f"it is called in different ways: ({'), ('.join(recordings[name].ways)})"

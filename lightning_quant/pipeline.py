@@ -21,7 +21,7 @@ from lightning_quant._torch_ao import quiet
 from lightning_quant.analysis.coverage import Coverage, coverage
 from lightning_quant.analysis.latency import latency_ms
 from lightning_quant.analysis.sqnr import sqnr_db
-from lightning_quant.arguments import Call, Captured, Interface, Positional, signature_of, with_batch
+from lightning_quant.arguments import Call, Captured, Interface, Positional, signature_of
 from lightning_quant.backends import assemble, capture_targets, convert_graph, inner_first, prepare_target
 from lightning_quant.backends.graph import engine, info, put
 from lightning_quant.backends.tracing import LAYER, trace_around
@@ -29,7 +29,7 @@ from lightning_quant.capture import Capture, record_calls
 from lightning_quant.config import ExportConfig, Method, QuantConfig, resolve_formats
 from lightning_quant.errors import CaptureError, CoverageError, ExportError
 from lightning_quant.evaluate import ValidationData, copy_of, evaluate
-from lightning_quant.exporters import Artifact, Program, check_exportable, one_config, qdq, write
+from lightning_quant.exporters import Artifact, Program, check_exportable, one_config, qdq, smaller, write
 from lightning_quant.exporters.torchscript import freeze
 from lightning_quant.inputs import Sample, recorded_forward
 from lightning_quant.placement import Observed, ToGraph, divert, graft, plain_train
@@ -382,8 +382,8 @@ def _format_reports(
     loaded = {(a.format, a.target): load(a.path) for a in artifacts}
     calls: dict[str, Any] = {}
     for name, part in by_target.items():
-        single = with_batch(part.program.data, 1)
-        frozen = freeze(part.float_program, with_batch(part.program.data, 2))
+        single = smaller(part.float_program, part.program.data, 1)
+        frozen = freeze(part.float_program, smaller(part.float_program, part.program.data, 2))
         calls[f"float/{name}"] = lambda frozen=frozen, single=single: frozen(*single)
         for format_name in formats:
             runner = loaded[format_name, name]
@@ -434,7 +434,9 @@ def _fused(quantized: Quantized) -> list[tuple[str, ...]]:
 
 def _check_coverage(covered: Coverage, config: QuantConfig) -> None:
     least = 0.5 if config.min_coverage is None else config.min_coverage
-    if covered.share >= least:
+    weighted = [row for row in covered.rows if row.weighted]
+    tables_alone = not any(row.macs for row in weighted) and any(row.int8 for row in weighted)
+    if covered.share >= least or tables_alone:
         return
     missing = sorted((row for row in covered.rows if not row.int8 and row.weighted), key=lambda row: -row.macs)
     text = (

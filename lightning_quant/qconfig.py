@@ -36,16 +36,18 @@ RNNS: tuple[type[nn.Module], ...] = (nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell, n
 CONV_FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d)
 CONV_TRANSPOSE_FUNCTIONS = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
+EMBEDDINGS: tuple[type[nn.Module], ...] = (nn.Embedding, nn.EmbeddingBag)
+
 #: What each method turns into int8: the layers with weights. Everything else runs between them as its inputs allow.
 QUANTIZABLE: dict[str, tuple[type[nn.Module], ...]] = {
-    "dynamic": (nn.Linear, *RNNS, nn.MultiheadAttention),
-    "static": (nn.Linear, *CONVS, *CONV_TRANSPOSES, *RNNS, nn.MultiheadAttention),
-    "qat": (nn.Linear, *CONVS, *CONV_TRANSPOSES, *RNNS, nn.MultiheadAttention),
+    "dynamic": (nn.Linear, *RNNS, nn.MultiheadAttention, *EMBEDDINGS),
+    "static": (nn.Linear, *CONVS, *CONV_TRANSPOSES, *RNNS, nn.MultiheadAttention, *EMBEDDINGS),
+    "qat": (nn.Linear, *CONVS, *CONV_TRANSPOSES, *RNNS, nn.MultiheadAttention, *EMBEDDINGS),
 }
 
-#: Every layer whose multiply-accumulates count, in int8 or not.
+#: Every layer of which it is said whether it is in int8. Embeddings have no multiply-accumulates, but many bytes.
 WEIGHTED: tuple[type[nn.Module], ...] = (
-    nn.Linear, nn.Bilinear, *CONVS, *CONV_TRANSPOSES, *RNNS, nn.RNN, nn.MultiheadAttention,
+    nn.Linear, nn.Bilinear, *CONVS, *CONV_TRANSPOSES, *RNNS, nn.RNN, nn.MultiheadAttention, *EMBEDDINGS,
 )  # fmt: skip
 
 #: Sums of many terms, and exponentials: 8 bits in between cost accuracy, and there are no multiply-accumulates to save.
@@ -248,7 +250,7 @@ def qconfig_mapping(config: QuantConfig, method: Method) -> QConfigMapping:
     transposed = layer_qconfig(config, method, nn.ConvTranspose2d)
     for kind in (*CONV_TRANSPOSES, *CONV_TRANSPOSE_FUNCTIONS):
         mapping.set_object_type(kind, transposed)
-    for kind in (nn.Embedding, nn.EmbeddingBag, F.embedding, F.embedding_bag):  # no multiply-accumulates
+    for kind in (*EMBEDDINGS, F.embedding, F.embedding_bag):  # those in int8 are ours: backends/embeddings.py
         mapping.set_object_type(kind, None)
     for kind in FLOAT_BY_DESIGN:
         mapping.set_object_type(kind, None)

@@ -295,7 +295,7 @@ def test_a_pattern_that_matches_nothing(options: dict[str, Any], text: str) -> N
 def test_nothing_quantizable() -> None:
     text = "Sequential has nothing that can be quantized: no convolution or linear layer that its forward reaches."
     with pytest.raises(CaptureError, match=f"^{re.escape(text)}$"):
-        capture(nn.Sequential(nn.LayerNorm(4), nn.Embedding(3, 4), nn.ReLU()), run=lambda twin: twin[0](X))
+        capture(nn.Sequential(nn.LayerNorm(4), nn.BatchNorm1d(4), nn.ReLU()), run=lambda twin: twin[0](X))
 
 
 def test_nothing_quantizable_says_what_stood_in_the_way() -> None:

@@ -62,6 +62,8 @@ def coverage(
 ) -> Coverage:
     """Run ``converted`` once and count the multiply-accumulates of each convolution, linear and recurrent layer.
 
+    Embeddings have rows as well, with none.
+
     What is counted is the operators that run, not the modules that are there: a layer that is never called counts
     nothing, a functional one counts as much as a module.
 
@@ -193,6 +195,11 @@ def _macs(func: Any, args: tuple[Any, ...], output: Any, weights: set[int]) -> t
         weight = args[1].unpack()[0]
         moved = args[0] if "transpose" in name else output
         return moved.numel() * math.prod(weight.shape[1:]), True, True
+    if name.startswith("quantized::embedding") and not name.endswith(("prepack", "unpack")):
+        return 0, True, True
+    if name == "aten::embedding" or name.startswith("aten::_embedding_bag"):  # of a table that is an activation, none
+        stored = args[0].untyped_storage().data_ptr() in weights
+        return (0, False, True) if stored else None
     if name.startswith("onednn::q"):
         return output.numel() * math.prod(args[3].shape[1:]), True, True
     if func in (_ATEN.convolution.default, _ATEN.mkldnn_convolution.default):

@@ -23,7 +23,7 @@ from lightning_quant._torch_ao import (
     swap_float_functional,
 )
 from lightning_quant.arguments import Call
-from lightning_quant.backends import islands, kernels, swapping
+from lightning_quant.backends import embeddings, islands, kernels, swapping
 from lightning_quant.backends.finishing import finished, observe_weights
 from lightning_quant.backends.graph import (
     CannotRun,
@@ -89,6 +89,9 @@ def prepare(
     with working(config):
         traced = trace(twin, example, training=training, whole=swapping.whole(config))
         traced = swapping.with_observed(traced, config, training=training)
+        skipped = {*config.skip, *(name for name, origin in traced.origins.items() if origin in config.skip)}
+        reasons = embeddings.place(traced.graph_module, skipped, training=training)
+        traced = replace(traced, float_layers=traced.float_layers | reasons)
         narrow: frozenset[str] = frozenset()
         if method != "dynamic":
             plan = kernels.plan(traced.graph_module, config, weight_range(config)[1], config.skip)
@@ -237,6 +240,7 @@ def convert(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None) 
     with working(known.config):
         twin = finished(prepared, kept)
         converted = convert_graph(twin, is_reference=False, backend_config=_backend_config(known.method))
+        embeddings.pack(converted)
     islands.drop_marks(converted)
     return with_info(converted.eval(), known)
 
@@ -277,5 +281,6 @@ def reference(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None
             is_decomposed=True,
             backend_config=_backend_config(known.method),
         )
+        embeddings.store(converted)
     islands.drop_marks(converted)
     return with_info(converted.eval(), known)

@@ -55,8 +55,27 @@ def layer_of(module: Any) -> Layer:
     inputs, outputs = _few(module.in_channels // groups, module.out_channels // groups)
     groups = min(groups, _MOST_GROUPS)
     names = ("stride", "padding", "dilation", *(("output_padding",) if type(module) in CONV_TRANSPOSES else ()))
-    options = tuple((name, getattr(module, name)) for name in names)
-    return Layer(type(module), inputs * groups, outputs * groups, groups, tuple(module.kernel_size), options)
+    options = {name: getattr(module, name) for name in names}
+    kernel = tuple(module.kernel_size)
+    options["dilation"] = plain_dilation(kernel, module.dilation, module.stride, options.get("output_padding"))
+    return Layer(type(module), inputs * groups, outputs * groups, groups, kernel, tuple(options.items()))
+
+
+def plain_dilation(
+    kernel: tuple[int, ...],
+    dilation: tuple[int, ...],
+    stride: tuple[int, ...],
+    output_padding: tuple[int, ...] | None = None,
+) -> tuple[int, ...]:
+    """The dilation of a convolution, with 1 for the dimensions in which its kernel has one entry.
+
+    There it says nothing, and oneDNN reads outside of its memory where such a layer is padded and has a stride. But a
+    transposed convolution may owe it the output padding that it has, which must be less than stride or dilation.
+    """
+    more = output_padding or (0,) * len(kernel)
+    return tuple(
+        1 if k == 1 and extra < s else d for k, d, s, extra in zip(kernel, dilation, stride, more, strict=True)
+    )
 
 
 def _few(inputs: int, outputs: int) -> tuple[int, int]:
@@ -79,46 +98,93 @@ def is_right(engine: str, layer: Layer, largest: int) -> bool:
     try:
         with quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
-            # some kernels are wrong only for data of some size, or where 0 is not the integer 0
-            trials = ((0, 3, False), (117, 10, False), (117, 20, True))
-            return all(_worst_error(layer, largest, *trial) < 1.5 for trial in trials)
+            weight = _random_weight(layer, largest)
+            return all(_worst_error(layer, weight, trial) < 1.5 for trial in _TRIALS)
     except RuntimeError:  # this engine has no kernel for it
         return False
     finally:
         torch.backends.quantized.engine = before
 
 
-def _worst_error(layer: Layer, largest: int, zero: int, size: int, one_column: bool) -> float:
+@dataclass(frozen=True)
+class _Trial:
+    """One input.
+
+    Attributes:
+        zero: The integer that stands for 0 in it.
+        batch: Its first dimension.
+        larger: How much larger than the kernel it is, in each dimension.
+        outputs: If not None, it is instead as large as gives so many outputs.
+        last: ``outputs`` holds for the last dimension only.
+    """
+
+    zero: int
+    batch: int = 2
+    larger: int = 3
+    outputs: int | None = None
+    last: bool = False
+
+
+#: Some kernels are wrong only for data of some size, or where 0 is not the integer 0. With one output per dimension
+#: and two, oneDNN's kernels for AMX are others than with three.
+_TRIALS = (
+    _Trial(0),
+    _Trial(117, larger=10),
+    _Trial(117, larger=20, outputs=1, last=True),
+    _Trial(117, batch=1, outputs=1),
+    _Trial(117, batch=4, outputs=1),
+    _Trial(117, batch=4, outputs=2),
+)
+
+
+def _lengths(layer: Layer, trial: _Trial) -> list[int]:
+    """The size of the input in each dimension."""
+    options = dict(layer.options)
+    reach = [d * (k - 1) for d, k in zip(options["dilation"], layer.kernel, strict=True)]
+    if not isinstance(options["padding"], tuple):
+        return [r + trial.larger for r in reach]
+    sides = list(zip(reach, options["stride"], options["padding"], strict=True))
+    if layer.kind in CONV_TRANSPOSES:
+        # the smallest inputs of which padding leaves an output; few inputs are what is asked, as each has many outputs
+        least = [1 - (r + o - 2 * p) // s for (r, s, p), o in zip(sides, options["output_padding"], strict=True)]
+        wanted = (
+            [r + trial.larger for r in reach] if trial.outputs is None or trial.last else [trial.outputs] * len(reach)
+        )
+        return [max(pair) for pair in zip(wanted, least, strict=True)]
+    lengths = [r + trial.larger for r in reach]
+    if trial.outputs is not None:
+        few = [max(1, r + 1 + (trial.outputs - 1) * s - 2 * p) for r, s, p in sides]
+        lengths = [*lengths[:-1], few[-1]] if trial.last else few
+    return lengths
+
+
+def _random_weight(layer: Layer, largest: int) -> torch.Tensor:
+    """A qint8 weight of the layer with integers from ``-largest`` to ``largest``."""
+    transposed = layer.kind in CONV_TRANSPOSES
+    first, second = (layer.inputs, layer.outputs) if transposed else (layer.outputs, layer.inputs)
+    shape = (first, second // layer.groups, *layer.kernel)
+    values = torch.randint(-largest, largest + 1, shape).float() * 0.01
+    if transposed:
+        return torch.quantize_per_tensor(values, 0.01, 0, torch.qint8)
+    scales, zeros = torch.full((first,), 0.01, dtype=torch.double), torch.zeros(first, dtype=torch.long)
+    return torch.quantize_per_channel(values, scales, zeros, 0, torch.qint8)
+
+
+def _worst_error(layer: Layer, weight: torch.Tensor, trial: _Trial) -> float:
     """The largest difference between int8 and float, in steps of the output's scale.
 
     Args:
         layer: What is run.
-        largest: Integers of weights are from ``-largest`` to ``largest``.
-        zero: The integer that stands for 0 in the input.
-        size: How much larger than the kernel the input is, in each dimension.
-        one_column: The input is only as wide as gives one column of output.
+        weight: From :func:`_random_weight`.
+        trial: On which input.
     """
-    transposed = layer.kind in CONV_TRANSPOSES
+    zero = trial.zero
     if layer.kind is nn.Linear:
-        x = torch.randint(0, 256, (4, layer.inputs))
-        shape: tuple[int, ...] = (layer.outputs, layer.inputs)
+        x = torch.randint(0, 256, (4 if trial.outputs is None else trial.batch, layer.inputs))
     else:
-        options = dict(layer.options)
-        lengths = [d * (k - 1) + size for d, k in zip(options["dilation"], layer.kernel, strict=True)]
-        if one_column and isinstance(options["padding"], tuple) and not transposed:
-            lengths[-1] = max(1, lengths[-1] - size + 1 - 2 * options["padding"][-1])
-        x = torch.randint(0, 256, (2, layer.inputs, *lengths))
-        first, second = (layer.inputs, layer.outputs) if transposed else (layer.outputs, layer.inputs)
-        shape = (first, second // layer.groups, *layer.kernel)
-    integers = torch.randint(-largest, largest + 1, shape).double()
-    if transposed:
-        weight = torch.quantize_per_tensor(integers.float() * 0.01, 0.01, 0, torch.qint8)
-    else:
-        channels = shape[0]
-        scales, zeros = torch.full((channels,), 0.01, dtype=torch.double), torch.zeros(channels, dtype=torch.long)
-        weight = torch.quantize_per_channel(integers.float() * 0.01, scales, zeros, 0, torch.qint8)
+        x = torch.randint(0, 256, (trial.batch, layer.inputs, *_lengths(layer, trial)))
     options = {} if layer.kind is nn.Linear else {**dict(layer.options), "groups": layer.groups}
-    expected = _FLOAT[layer.kind]((x.double() - zero) * 0.02, integers * 0.01, None, **options)
+    expected = _FLOAT[layer.kind]((x.double() - zero) * 0.02, weight.int_repr().double() * 0.01, None, **options)
     low, high = min(float(expected.min()), 0.0), max(float(expected.max()), 0.0)
     scale = max((high - low) / 255, 1e-3)
     zero_point = min(max(round(-low / scale), 0), 255)

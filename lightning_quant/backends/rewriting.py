@@ -7,6 +7,7 @@ layers, and what a kernel cannot do for a layer (padding with other values, outp
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from lightning_quant.backends.constants import fold_weights, is_constant, value_of
-from lightning_quant.qconfig import CONV_FUNCTIONS, CONV_TRANSPOSE_FUNCTIONS, CONV_TRANSPOSES, CONVS
+from lightning_quant.backends.kernels import plain_dilation
+from lightning_quant.qconfig import CONV_FUNCTIONS, CONV_TRANSPOSE_FUNCTIONS, CONV_TRANSPOSES, CONVS, EMBEDDINGS
 
 
 class Opaque(nn.Module):
@@ -60,7 +62,7 @@ def rewrite(
     if not training:
         fold_weights(graph_module)
     _drop_identities(graph_module)
-    origins = _layers_of_functions(graph_module, scopes)
+    origins = _layers_of_functions(graph_module, scopes) | _embeddings_of_functions(graph_module, scopes)
     # a module that is kept may carry state: its calls are calls of the one module
     origins |= _separate_calls(graph_module, kept)
     origins |= _hide_batch_norms(graph_module, training)
@@ -76,6 +78,7 @@ def _write_out_functions(graph_module: fx.GraphModule) -> None:
     for node in graph_module.graph.nodes:
         if node.op == "call_method" and node.target == "view" and not _is_type(node.args[1:]):
             node.target = "reshape"  # int8 kernels give channels-last tensors, of which some views are none
+        _write_out_move(graph_module, node)
         if node.op != "call_function":
             continue
         if node.target is torch.relu:
@@ -87,6 +90,22 @@ def _write_out_functions(graph_module: fx.GraphModule) -> None:
             _write_out(graph_module, node)
         else:
             _write_out_product(graph_module, node)
+
+
+def _write_out_move(graph_module: fx.GraphModule, node: fx.Node) -> None:
+    """Give what flattens and reshapes the one form that torch.ao's table of int8 operators has an entry for."""
+    if node.op == "call_method" and node.target == "flatten":
+        node.op, node.target = "call_function", torch.flatten
+    elif node.op == "call_function" and node.target is torch.reshape:
+        values = {**dict(zip(("input", "shape"), node.args, strict=False)), **node.kwargs}
+        node.op, node.target = "call_method", "reshape"
+        node.args, node.kwargs = (values["input"], values["shape"]), {}
+    elif node.op == "call_module":
+        module: Any = graph_module.get_submodule(str(node.target))
+        if type(module) is nn.Flatten and not module._forward_hooks and not module._forward_pre_hooks:
+            node.op, node.target = "call_function", torch.flatten
+            node.args = (*node.args, *node.kwargs.values(), module.start_dim, module.end_dim)
+            node.kwargs = {}
 
 
 def _is_type(args: tuple[Any, ...]) -> bool:
@@ -157,16 +176,8 @@ def _layers_of_functions(graph_module: fx.GraphModule, scopes: dict[str, tuple[s
         tensor = operator.attrgetter(str(weight.target))(graph_module)
         offset = None if bias is None else operator.attrgetter(str(bias.target))(graph_module)
         layer = _layer(_LAYERS[node.target], tensor, offset, node.args[3:])
-        owner, _, attribute = str(weight.target).rpartition(".")
-        if str(weight.target).startswith("folded_"):
-            owner, attribute = scopes.get(node.name, ("", None))[0], "weight"
-        stem = attribute.removesuffix("weight").rstrip("_")
-        name = ".".join(x for x in (owner, stem) if x) or "function"
-        if name != owner or not _is_free(graph_module, name, {weight, bias}):
-            base, number = name, 0
-            while graph_module_has(graph_module, name):
-                number += 1
-                name = f"{base}_call{number}"
+        name, owner = _name_for(graph_module, weight, {weight, bias}, scopes.get(node.name, ("", None))[0])
+        if name != owner:
             origins[name] = owner
         graph_module.add_submodule(name, layer)
         node.op, node.target, node.args, node.kwargs = "call_module", name, (values["input"],), {}
@@ -174,6 +185,58 @@ def _layers_of_functions(graph_module: fx.GraphModule, scopes: dict[str, tuple[s
         if node.op == "get_attr" and not node.users:
             graph_module.graph.erase_node(node)
     return {name: origin for name, origin in origins.items() if origin}
+
+
+def _name_for(graph_module: fx.GraphModule, weight: fx.Node, used: Collection[Any], scope: str) -> tuple[str, str]:
+    """The name for a layer with a stored weight, and that of the module whose weight it is.
+
+    Args:
+        graph_module: In which it will be.
+        weight: The node that reads the weight.
+        used: The nodes that read what the layer will have.
+        scope: The module in which it was called.
+    """
+    owner, _, attribute = str(weight.target).rpartition(".")
+    if str(weight.target).startswith("folded_"):
+        owner, attribute = scope, "weight"
+    stem = attribute.removesuffix("weight").rstrip("_")
+    name = ".".join(x for x in (owner, stem) if x) or "function"
+    if name != owner or not _is_free(graph_module, name, used):
+        base, number = name, 0
+        while graph_module_has(graph_module, name):
+            number += 1
+            name = f"{base}_call{number}"
+    return name, owner
+
+
+def _embeddings_of_functions(graph_module: fx.GraphModule, scopes: dict[str, tuple[str, type]]) -> dict[str, str]:
+    """As :func:`_layers_of_functions`, for ``F.embedding`` and ``F.embedding_bag``."""
+    origins: dict[str, str] = {}
+    for node in list(graph_module.graph.nodes):
+        if node.op != "call_function" or node.target not in (F.embedding, F.embedding_bag):
+            continue
+        values = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments
+        data = {key: values.pop(key) for key in ("input", "offsets", "per_sample_weights") if key in values}
+        weight = values.pop("weight")
+        if not isinstance(weight, fx.Node) or weight.op != "get_attr" or not isinstance(data["input"], fx.Node):
+            continue
+        if any(isinstance(value, fx.Node) for value in values.values()):
+            continue
+        tensor = operator.attrgetter(str(weight.target))(graph_module)
+        kind: Any = nn.Embedding if node.target is F.embedding else nn.EmbeddingBag
+        with torch.device("meta"):
+            layer = kind(*tensor.shape, **values)
+        layer.weight = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+        layer.is_view = True
+        name, owner = _name_for(graph_module, weight, {weight}, scopes.get(node.name, ("", None))[0])
+        if name != owner and owner:
+            origins[name] = owner
+        graph_module.add_submodule(name, layer)
+        node.op, node.target, node.args, node.kwargs = "call_module", name, (data.pop("input"),), data
+    for node in reversed(list(graph_module.graph.nodes)):
+        if node.op == "get_attr" and not node.users:
+            graph_module.graph.erase_node(node)
+    return origins
 
 
 def graph_module_has(graph_module: nn.Module, name: str) -> bool:
@@ -239,6 +302,8 @@ def _write_out_convolutions(graph_module: fx.GraphModule) -> None:
     for node in graph_module.graph.nodes:
         if node.op == "call_module":
             module = graph_module.get_submodule(node.target)
+            if type(module) in (*CONVS, *CONV_TRANSPOSES):
+                module = _without_idle_dilation(graph_module, node, module)
             if type(module) in CONVS:
                 _pad_apart(graph_module, node, module)
             elif type(module) in CONV_TRANSPOSES:
@@ -247,6 +312,17 @@ def _write_out_convolutions(graph_module: fx.GraphModule) -> None:
                 view = _view(module)
                 view.inplace = False
                 graph_module.add_submodule(str(node.target), view)
+
+
+def _without_idle_dilation(graph_module: fx.GraphModule, node: fx.Node, conv: Any) -> Any:
+    """Give a convolution the dilation that its kernel is asked about."""
+    dilation = plain_dilation(conv.kernel_size, conv.dilation, conv.stride, getattr(conv, "output_padding", None))
+    if dilation == tuple(conv.dilation):
+        return conv
+    view = _view(conv)
+    view.dilation = dilation
+    graph_module.add_submodule(str(node.target), view)
+    return view
 
 
 def _size_apart(graph_module: fx.GraphModule, node: fx.Node, conv: nn.Module) -> None:
@@ -320,6 +396,12 @@ def _write_out(graph_module: fx.GraphModule, node: fx.Node) -> None:
                 values["input"] = graph_module.graph.call_function(F.pad, (values["input"], sides))
             padding = (0,) * dims
         values["padding"] = padding
+    weight = values["weight"]
+    if any(d != 1 for d in values["dilation"]) and isinstance(weight, fx.Node) and is_constant(graph_module, weight):
+        with torch.no_grad():
+            kernel = tuple(value_of(graph_module, weight).shape[2:])
+        extra = values["output_padding"] if transposed else None
+        values["dilation"] = plain_dilation(kernel, values["dilation"], values["stride"], extra)
     node.args = tuple(values[name] for name in names)
     node.kwargs = {}
 
@@ -366,6 +448,8 @@ def _separate_calls(graph_module: fx.GraphModule, kept: Collection[str]) -> dict
         if node.op != "call_module" or node.target in kept:
             continue
         original = modules[node.target]
+        if type(original) in EMBEDDINGS:  # a table has no ranges, and is stored once
+            continue
         if first.setdefault(id(original), node.target) == node.target and node.target not in seen:
             seen.add(node.target)
             continue

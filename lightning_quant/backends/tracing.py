@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_flatten
 
 from lightning_quant._torch_ao import QuantizationTracer
 from lightning_quant.arguments import Call, Interface, signature_of
+from lightning_quant.backends.recurrent import expose_recurrent
 from lightning_quant.backends.rewriting import Opaque, rewrite
 from lightning_quant.backends.written_out import expose_batch_norms, is_written_out, written_out
 from lightning_quant.errors import CaptureError, where
@@ -297,10 +298,12 @@ def trace(root: nn.Module, call: Call, *, training: bool = False, whole: Mapping
             evaluation.
     """
     modes = {module: module.training for module in root.modules()}
-    with expose_batch_norms(root) as exposed:
+    with expose_batch_norms(root) as norms, expose_recurrent(root) as recurrent:
         traced = _trace_with_modes(root, call, training, modes, dict(whole))
-        own = {child: owner for child, owner in exposed.items() if child in traced.replaced}
-    replaced = (*(name for name in traced.replaced if name not in own), *own.values())
+        own = {child: owner for child, owner in (norms | recurrent).items() if child in traced.replaced}
+    # of the traced module itself it is the Parameters that the graph stands for
+    owners = [part for owner in own.values() for part in ([owner] if owner else root._parameters)]
+    replaced = (*(name for name in traced.replaced if name not in own), *owners)
     traced = replace(traced, replaced=replaced, origins=traced.origins | own)
     graph_module = traced.graph_module
     rewritten = rewrite(graph_module, traced.scopes, traced.kept, training=training)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lightning_quant.backends import recurrent
 from lightning_quant.backends.swin import shifted_window_attention
 
 
@@ -41,6 +42,7 @@ _OF_LIBRARIES: dict[tuple[str, str], Callable[..., Any]] = {
     ("torchvision.models.swin_transformer", "ShiftedWindowAttention"): shifted_window_attention,
     ("torchvision.models.swin_transformer", "ShiftedWindowAttentionV2"): shifted_window_attention,
     ("timm.layers.norm_act", "BatchNormAct2d"): _batch_norm_and_activation,
+    **recurrent.OF_LIBRARIES,
 }
 
 

@@ -161,6 +161,17 @@ def check_exportable(program: Program) -> None:
         ) from error
 
 
+def smaller(module: nn.Module, data: tuple[Any, ...], size: int) -> tuple[Any, ...]:
+    """:func:`with_batch`; or ``data``, where ``module`` cannot run on that: bags and their offsets are no batch."""
+    cut = with_batch(data, size)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            module(*cut)
+    except Exception:  # whatever torch or the user's code raises
+        return data
+    return cut
+
+
 def _write_one(program: Program, source: nn.Module, name: str, path: Path) -> Artifact:
     label = f"{name} export of {program.name or 'forward'}"
     with torch.no_grad(), engine(program.config.engine):
@@ -200,7 +211,7 @@ def _write_one(program: Program, source: nn.Module, name: str, path: Path) -> Ar
     # two samples: with one, exporters take the batch for a constant
     try:
         with engine(program.config.engine):
-            _EXPORTERS[name](source, with_batch(program.data, 2), path, metadata)
+            _EXPORTERS[name](source, smaller(source, program.data, 2), path, metadata)
     except QuantizationError:
         raise
     except Exception as error:
@@ -218,8 +229,8 @@ def _verify(label: str, path: Path, source: nn.Module, expected: Any, program: P
         loaded = load(path)
     except ArtifactError as error:
         raise ExportError(f"{label}: the file that was just written cannot be loaded: {error}") from error
-    single = with_batch(program.data, 1)
     with torch.no_grad(), engine(program.config.engine):
+        single = smaller(source, program.data, 1)
         pairs = [(expected, loaded(*program.data)), (source(*single), loaded(*single))]
         figures = [sqnr_db(ours, theirs) for ours, theirs in pairs]
         if min(figures) < MIN_SQNR_DB:

@@ -250,23 +250,37 @@ def test_what_stands_between_two_layers_stays_int8(function: Any, parts: Any, ex
     assert boundaries(int8) == (1, 1)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="torch.ao's table of int8 operators has no entry for it, although int8 tensors can be moved by it; "
-    "what stands before it is then taken to have a float reader and leaves int8 too",
-)
 @pytest.mark.parametrize(
     "flatten",
     [
-        nn.Flatten(),
         lambda x: x.flatten(1),
+        lambda x: x.flatten(start_dim=1),
+        lambda x: x.flatten(2).flatten(-2),
         lambda x: torch.reshape(x, (-1, 64)),
+        lambda x: torch.reshape(input=x, shape=(x.shape[0], -1)),
     ],
-    ids=["nn.Flatten", "flatten", "torch.reshape"],
+    ids=["flatten", "start_dim", "flatten of the last", "torch.reshape", "named"],
 )
 def test_other_ways_to_move_data_stay_int8(flatten: Any) -> None:
     model, x = convs(lambda self, x: self.head(flatten(F.max_pool2d(self.a(x), 2))), head=64)
-    assert ran(convert(calibrated(model, x)), x)[1] == []
+    prepared = calibrated(model, x)
+    int8 = convert(prepared)
+    assert ran(int8, x)[1] == []
+    assert_close(model, prepared, int8, x)
+
+
+@pytest.mark.parametrize("method", ["static", "qat"])
+@pytest.mark.parametrize("flatten", [nn.Flatten(), nn.Flatten(start_dim=-3)], ids=["", "from the end"])
+def test_a_flatten_module_stays_int8(flatten: nn.Module, method: Any) -> None:
+    model, x = convs(lambda self, x: self.head(self.flat(F.max_pool2d(self.a(x), 2))), head=64)
+    model.flat = flatten
+    prepared = calibrated(model, x, method=method)
+    int8 = convert(prepared)
+    in_int8, in_float = ran(int8, x)
+    assert in_float == []
+    assert in_int8[-2:] == ["flatten", "head"]
+    assert boundaries(int8) == (1, 1)
+    assert_close(model, prepared, int8, x)
 
 
 @pytest.mark.parametrize("view", [lambda x: x.view(-1, 64), lambda x: x.view(x.size(0), -1)], ids=["-1", "size"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -24,8 +26,6 @@ from lightning_quant.config import Method
 METHODS = pytest.mark.parametrize("method", ["static", "qat"])
 ENGINES = torch.backends.quantized.supported_engines
 X86 = pytest.mark.skipif("x86" not in ENGINES, reason="unavoidable: this build of torch has no x86 engine")
-#: Has int8 kernels of its own in oneDNN.
-AMX = bool(torch.cpu._is_amx_tile_supported())
 
 
 # ---- layers
@@ -141,6 +141,74 @@ def test_an_engine_without_a_kernel_is_wrong(monkeypatch: pytest.MonkeyPatch) ->
     before = torch.backends.quantized.engine
     assert ask(ENGINES[0], layer_of(nn.Linear(2, 3)), 127) is False
     assert torch.backends.quantized.engine == before
+
+
+IDLE_DILATION = nn.Conv1d(8, 4, 1, padding=1, stride=2, dilation=2)
+
+
+@X86
+def test_no_question_ends_the_process() -> None:
+    """A padded kernel of size 1 with a stride and a dilation: oneDNN reads outside of its memory."""
+    code = (
+        "import torch; from torch import nn; from lightning_quant.backends.kernels import is_right, layer_of; "
+        "is_right('x86', layer_of(nn.Conv1d(8, 4, 1, padding=1, stride=2, dilation=2)), 127)"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (IDLE_DILATION, (1,)),
+        (nn.Conv2d(8, 4, (1, 3), dilation=2), (1, 2)),
+        (nn.Conv2d(8, 4, 3, dilation=(2, 3)), (2, 3)),
+        (nn.ConvTranspose2d(8, 4, 1, dilation=3), (1, 1)),
+        (nn.ConvTranspose2d(8, 4, 1, dilation=3, stride=(1, 3), output_padding=(1, 2)), (3, 1)),
+    ],
+    ids=str,
+)
+def test_a_dilation_that_says_nothing_is_asked_as_1(module: Any, expected: tuple[int, ...]) -> None:
+    dilation = module.dilation
+    layer = layer_of(module)
+    assert dict(layer.options)["dilation"] == expected
+    assert module.dilation == dilation
+    x = torch.randn(2, layer.inputs, *[7] * len(expected), dtype=torch.float64)
+    weight = module.weight.double()
+    options = {**dict(layer.options), "groups": layer.groups}
+    expected_output = kernels._FLOAT[type(module)](x, weight, None, **{**options, "dilation": dilation})
+    assert torch.equal(kernels._FLOAT[type(module)](x, weight, None, **options), expected_output)
+
+
+ODD_LAYERS: dict[str, Any] = {
+    "linear": lambda: nn.Linear(5, 4),
+    "strided": lambda: nn.Conv2d(3, 4, 3, stride=(2, 3), padding=1),
+    "dilated": lambda: nn.Conv1d(3, 4, 3, dilation=4),
+    "padded by more than it reaches": lambda: nn.Conv2d(3, 4, 1, padding=3),
+    "transposed": lambda: nn.ConvTranspose2d(3, 4, 3, stride=2, padding=(0, 1), output_padding=1),
+    "transposed and cut off": lambda: nn.ConvTranspose1d(3, 4, 2, padding=4),
+}
+
+
+@pytest.mark.parametrize("name", ODD_LAYERS)
+def test_every_trial_has_an_output_and_some_have_one_or_two(name: str) -> None:
+    """oneDNN's kernels for few outputs are others than those for many."""
+    module = ODD_LAYERS[name]()
+    layer = layer_of(module)
+    if layer.kind is nn.Linear:
+        return
+    found = {}
+    for trial in kernels._TRIALS:
+        lengths = kernels._lengths(layer, trial)
+        output = module(torch.zeros(1, layer.inputs, *lengths))
+        assert output.numel() > 0
+        found[trial] = tuple(output.shape[2:])
+    few = {shape for trial, shape in found.items() if trial.outputs is not None and not trial.last}
+    if layer.kind not in kernels.CONV_TRANSPOSES and name != "padded by more than it reaches":
+        dims = len(layer.kernel)
+        assert few == {(1,) * dims, (2,) * dims}
+        (column,) = (shape for trial, shape in found.items() if trial.last)
+        assert column[-1] == 1
 
 
 # ---- what follows from the answer
@@ -345,6 +413,18 @@ def assert_int8_is_reference(make: Callable[[], nn.Module], shape: tuple[int, ..
     assert decibels(reference(prepared)(x), int8(x)) > 30
 
 
+class Computed(nn.Module):
+    """A convolution with a standardised weight, with a dilation that says nothing. Takes ``(N, in, length)``."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(shape))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight / self.weight.std()
+        return F.conv1d(x, weight, padding=1, stride=2, dilation=2)
+
+
 @METHODS
 @pytest.mark.parametrize(
     ("make", "shape"),
@@ -373,13 +453,28 @@ def test_int8_of_a_layer_is_its_reference(make: Any, shape: tuple[int, ...], met
         (lambda: nn.Conv1d(64, 128, 16, stride=3, padding=2, groups=4), (2, 64, 25)),
         (lambda: nn.Conv2d(2, 160, (1, 3), groups=2), (2, 2, 10, 12)),
         (lambda: nn.Conv2d(8, 16, 3, stride=2, padding=1), (2, 8, 20, 1)),
+        (lambda: nn.Conv2d(16, 160, 1, groups=2), (4, 16, 1, 1)),
+        (lambda: nn.Conv2d(16, 160, 1, groups=2), (1, 16, 2, 2)),
+        (lambda: nn.Conv1d(8, 4, 1, padding=1, stride=2, dilation=2), (2, 8, 9)),
+        (lambda: Computed(4, 8, 1), (2, 8, 9)),
     ],
-    ids=["zero point", "zero point of larger groups", "size", "outputs per group", "one column"],
+    ids=[
+        "zero point",
+        "zero point of larger groups",
+        "size",
+        "outputs per group",
+        "one column",
+        "one pixel",
+        "two by two",
+        "idle dilation",
+        "idle dilation of a function",
+    ],
 )
+@METHODS
 @X86
-def test_int8_of_an_unusual_layer_is_its_reference(make: Any, shape: tuple[int, ...]) -> None:
+def test_int8_of_an_unusual_layer_is_its_reference(make: Any, shape: tuple[int, ...], method: Method) -> None:
     """oneDNN's kernels for AMX are wrong for some zero points, sizes and numbers of channels."""
-    assert_int8_is_reference(make, shape, "static")
+    assert_int8_is_reference(make, shape, method)
 
 
 @X86
