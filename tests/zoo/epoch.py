@@ -119,6 +119,9 @@ def train(entry: Architecture, directory: Path) -> Epoch:
         DataLoader(Samples(_rows(inputs, own), targets[own]), batch_size=BATCH)
         for own in (slice(TRAINED), slice(TRAINED, None))
     ]
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = 0.5  # at torch's 0.1, the running statistics of so short an epoch are those of before it
     start = {name: x.clone() for name, x in model.state_dict().items()}
     began = time.perf_counter()
     float_metrics = _fit(Learner(entry, model), loaders, [])

@@ -72,7 +72,8 @@ def _training(epochs: list[Epoch]) -> list[str]:
         f"validate. Adam, learning rate {LEARNING_RATE}. *Training loss*: of the first and the last batch, with fake "
         "quantize. *Validation loss*, and *accuracy*: after the epoch in float; after the epoch with fake quantize, as "
         "it was validated in training; and of the int8 file. So short a training shows that all of it runs and that "
-        "int8 computes what was trained. It says nothing of the accuracy that a long one reaches.",
+        "int8 follows what was trained. It says nothing of the accuracy that a long one reaches: with random weights, "
+        "one rounding changes every output.",
         "",
         "| family | architecture | task | training loss | validation loss: float | fake quantize | int8 "
         "| accuracy: float | fake quantize | int8 | coverage |",
