@@ -124,7 +124,11 @@ def convert_module(module: Any, graphs: Graphs) -> Quantized:
 
 def _empty(graph: nn.Module) -> dict[str, nn.Module]:
     """Nothing in the places of what the graph keeps: it is put there afterwards."""
-    return {name: nn.Identity() for name in info(graph).kept}
+    return {name: _Vacant() for name in info(graph).kept}
+
+
+class _Vacant(nn.Module):
+    """The place of what a graph keeps. Not an ``nn.Identity``: torch.ao would hand int8 through it."""
 
 
 def _join(name: str, child: str) -> str:
@@ -185,7 +189,7 @@ def _in_qdq(quantized: Quantized) -> tuple[Any, Graphs]:
 
 
 def _around(quantized: Quantized, names: tuple[str, ...], call: Call) -> _Part | None:
-    """The module's forward as a graph that calls the graphs of the targets, if it can be traced so."""
+    """The module's forward as a graph that calls the graphs of the targets, if it can be traced and written so."""
     try:
         traced = trace_around(copy_of(quantized.float_module), call, names)
     except CaptureError:
@@ -203,7 +207,7 @@ def _around(quantized: Quantized, names: tuple[str, ...], call: Call) -> _Part |
     program = _program(
         "", filled(quantized.converted), lambda: filled(_in_qdq(quantized)[1]), interface, call, quantized
     )
-    return _Part(program, around, interface)
+    return _Part(program, around, interface) if _is_exportable(program) else None
 
 
 def _whole(quantized: Quantized, call: Call) -> _Part | None:

@@ -231,7 +231,7 @@ def qconfig_mapping(config: QuantConfig, method: Method) -> QConfigMapping:
     """The mapping that :func:`torch.ao.quantization.fx.prepare` takes.
 
     ``config`` has been through :func:`lightning_quant.config.resolve`. Fixed-range operators (sigmoid, hardsigmoid,
-    tanh) and layout operators (reshape) keep the entries of torch's own default mapping.
+    tanh) keep the entries of torch's own default mapping.
     """
     if method == "dynamic":
         mapping = QConfigMapping().set_global(None)
@@ -247,6 +247,9 @@ def qconfig_mapping(config: QuantConfig, method: Method) -> QConfigMapping:
     stock = get_default_qat_qconfig_mapping if method == "qat" else get_default_qconfig_mapping
     mapping = stock(config.engine)
     mapping.set_global(layer_qconfig(config, method, nn.Linear))
+    # as every other layout operator: torch's own entry lets it take the range of its input, and none of a float one,
+    # so that a layer behind it stays float
+    mapping.set_object_type("reshape", layer_qconfig(config, method, nn.Linear))
     transposed = layer_qconfig(config, method, nn.ConvTranspose2d)
     for kind in (*CONV_TRANSPOSES, *CONV_TRANSPOSE_FUNCTIONS):
         mapping.set_object_type(kind, transposed)

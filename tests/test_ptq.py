@@ -391,6 +391,26 @@ def test_a_forward_that_does_not_reach_every_target_is_not_the_file() -> None:
     assert callback.report.artifacts["torchscript"].keys() == {"encoder", "head"}
 
 
+class _Chosen(nn.Module):
+    """Decides by its data, which no file can do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(x) if x.sum() > 0 else self.down(x)
+
+
+def test_a_forward_with_a_part_that_decides_by_its_data_is_not_the_file() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), _Chosen(), nn.Linear(64, 10))
+    callback = ptq()
+    trainer(callback).validate(Classifier(net), Digits())
+    assert callback.report.targets == ["net", "net.3.up"]
+    assert callback.report.artifacts == {"torchscript": {"net.3.up": Path("quantized/model.net.3.up.ts")}}
+    assert callback.report.formats["torchscript"].metrics.keys() == callback.report.metrics_int8.keys()
+
+
 class _ExtraHead(StepsOnly):
     """A layer that training alone uses stays float, and the report says why."""
 

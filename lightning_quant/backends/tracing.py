@@ -45,6 +45,8 @@ class Traced:
         kept: Submodules that the graph calls as they are, because they could not be traced -> why.
         float_layers: Layers with weights that stay float for a reason of their own -> that reason.
         swapped: Modules of a user's own -> the class that takes their place in the int8 model.
+        loose: A submodule that it calls as it is gave a part of the output, which is None or a container that no file
+            can hold: only a run can tell.
     """
 
     graph_module: fx.GraphModule
@@ -55,6 +57,7 @@ class Traced:
     kept: dict[str, str] = field(default_factory=dict)
     float_layers: dict[str, str] = field(default_factory=dict)
     swapped: dict[str, str] = field(default_factory=dict)
+    loose: bool = False
 
 
 class ModeDependent(nn.Module):
@@ -307,6 +310,7 @@ def trace(root: nn.Module, call: Call, *, training: bool = False, whole: Mapping
     traced = replace(traced, replaced=replaced, origins=traced.origins | own)
     graph_module = traced.graph_module
     rewritten = rewrite(graph_module, traced.scopes, traced.kept, training=training)
+    _return_plain(traced)
     called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
     kept = {name: reason for name, reason in traced.kept.items() if name in called}
     return replace(traced, origins=traced.origins | rewritten.origins, kept=kept, float_layers=rewritten.float_layers)
@@ -324,7 +328,7 @@ def _trace_with_modes(
             if kept == traced.kept:
                 difference = _follow_mode(in_training, traced)
                 if difference is None:
-                    traced = in_training
+                    traced = replace(in_training, interface=traced.interface, loose=traced.loose)
                     break
                 name, reason = difference
                 if not name or name in kept:
@@ -343,12 +347,12 @@ def _trace_in_evaluation(root: nn.Module, call: Call, kept: dict[str, str]) -> T
     while True:
         own = set(root.__dict__)
         traced = _trace_once(root, call, kept)
-        failure = _failure(traced, root, call)
+        checked = _checked(traced, root, call)
         for name in set(root.__dict__) - own:  # constants, which the next trace would give other names
             del root.__dict__[name]
-        if failure is None:
-            return traced
-        name, reason = failure
+        if isinstance(checked, Traced):
+            return checked
+        name, reason = checked
         if not name or name in traced.kept:
             raise _Untraceable(reason)
         kept = {**traced.kept, name: reason}
@@ -364,8 +368,11 @@ class _Runner(fx.Interpreter):
         return super().run_node(n)
 
 
-def _failure(traced: Traced, root: nn.Module, call: Call) -> tuple[str, str] | None:
-    """At which submodule the graph cannot run, and why. The name is ``""`` where it computes something else."""
+def _checked(traced: Traced, root: nn.Module, call: Call) -> Traced | tuple[str, str]:
+    """``traced``, which knows what ``root`` returns; or at which submodule the graph cannot run, and why.
+
+    The name is ``""`` where the graph computes something else.
+    """
     runner = _Runner(traced.graph_module)
     runner.extra_traceback = False
     enabled = torch.backends.mha.get_fastpath_enabled()
@@ -376,7 +383,7 @@ def _failure(traced: Traced, root: nn.Module, call: Call) -> tuple[str, str] | N
             torch.manual_seed(seed)
             twin = copy.deepcopy(call)
             before = {part: _state_of(part) for part in root.modules() if not isinstance(part, torch.jit.ScriptModule)}
-            expected = plain(root(*twin.args, **twin.keywords))
+            expected = root(*twin.args, **twin.keywords)
             for part, state in before.items():
                 _put_back(part, state)
             torch.manual_seed(seed)
@@ -392,9 +399,21 @@ def _failure(traced: Traced, root: nn.Module, call: Call) -> tuple[str, str] | N
                     _put_back(part, state)
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
-    if _agree(expected, plain(found)):
-        return None
+    if _agree(plain(expected), plain(found)):
+        loose = shape_of(found) is not None
+        return replace(traced, interface=traced.interface.returning(shape_of(expected)), loose=loose)
     return "", "the graph that was traced computes something else than forward does"
+
+
+def _return_plain(traced: Traced) -> None:
+    """Let the graph return what a file can hold, where that has to be seen to at every call."""
+    if not traced.loose:
+        return
+    graph = traced.graph_module.graph
+    output = graph.output_node()
+    with graph.inserting_before(output):
+        output.args = (graph.call_function(plain, (output.args[0],)),)
+    traced.graph_module.recompile()
 
 
 def _agree(expected: Any, found: Any) -> bool:
@@ -428,6 +447,7 @@ def trace_around(root: nn.Module, call: Call, leaves: tuple[str, ...]) -> Traced
     missing = set(leaves) - set(traced.replaced)
     if missing:
         raise CaptureError(f"forward does not call {', '.join(sorted(missing))}")
+    _return_plain(traced)
     return traced
 
 

@@ -346,6 +346,27 @@ def test_moved_input_with_an_int8_and_a_float_reader() -> None:
     torch.testing.assert_close(int8(x)[1], F.gelu(x.view(-1, 2, 4)), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("method", ["static", "qat"])
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda y: y.reshape(-1, 4, 2),
+        lambda y: y.view(-1, 4, 2),
+        lambda y: y.view(-1, 2, 4).transpose(1, 2).contiguous().view(-1, 4, 2),
+    ],
+    ids=["reshape", "view", "chain"],
+)
+def test_a_layer_behind_float_data_that_is_moved_is_int8(move: Any, method: Any) -> None:
+    """As the channel shuffle of ShuffleNet."""
+    model, x = linears(lambda self, x: self.head(move(F.gelu(self.a(x)))), head=2)
+    prepared = calibrated(model, x, method=method)
+    int8 = convert(prepared)
+    assert_close(model, prepared, int8, x)
+    in_int8, in_float = ran(int8, x)
+    assert {"a", "head"} <= set(in_int8)
+    assert in_float == ["gelu"]
+
+
 def pooled(self: Any, x: torch.Tensor) -> Any:
     y = self.operator(self.a(x))
     return self.c(y), F.gelu(y), y

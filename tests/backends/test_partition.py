@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import re
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from lightning_quant import convert, coverage, prepare
+from lightning_quant import ExportConfig, convert, coverage, export, load, prepare
 from lightning_quant._torch_ao import quantized_modules
 from lightning_quant.backends.graph import info, is_graph
 from lightning_quant.config import Method
@@ -312,6 +314,65 @@ def test_a_question_for_the_type_of_the_input(method: Method) -> None:
     int8 = convert(prepared_on(model, x, method=method))
     assert coverage(int8, x).share == 1.0
     assert_near(model, int8, x)
+
+
+# ---- what a kept module gives is returned
+
+
+@dataclass
+class States:
+    values: torch.Tensor
+    cache: torch.Tensor | None
+
+
+class WithoutCache(nn.Module):
+    """Asks for a width, and gives a part that is None in every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> States:
+        return States(self.fc(x) if x.shape[-1] == WIDTH else x, None)
+
+
+class PassesOn(nn.Module):
+    """What it is given, a part of which is None: only a run can tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = WithoutCache(), nn.Linear(WIDTH, 4)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        states = self.inner(x)
+        return {"scores": self.head(states.values), "cache": states.cache}
+
+
+class PassesAllOn(PassesOn):
+    """A container that no trace has seen from inside."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.inner(self.head(x).repeat(1, 2))
+
+
+@METHODS
+@pytest.mark.parametrize("kind", [PassesOn, PassesAllOn])
+def test_what_a_kept_module_gives_is_returned(kind: type[nn.Module], method: Method, tmp_path: Path) -> None:
+    model, x = kind(), rows()
+    prepared = prepared_on(model, x, method=method)
+    int8 = convert(prepared)
+    expected, found = model(x), int8(x)
+    assert type(found) is type(expected)
+    parts, given = (value if isinstance(value, dict) else vars(value) for value in (expected, found))
+    assert given.keys() == parts.keys()
+    assert given["cache"] is None
+    name = "scores" if kind is PassesOn else "values"
+    assert decibels(parts[name], given[name]) > 25
+    # files hold tensors: they leave out what is None
+    for path in export(prepared, None, ExportConfig(directory=tmp_path), example_inputs=x).values():
+        loaded = load(path)(x[:3])
+        assert loaded.keys() == {name}
+        assert decibels(given[name][:3], loaded[name]) > 25
 
 
 # ---- kept inside of kept

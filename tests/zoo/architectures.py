@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tasks import DIGITS, MASKS, NEXT_LETTERS, PLACES, TEXTS, WAVES, Task
 from torch import nn
 
 #: Output SQNR in dB, and share of the multiply-accumulates of layers with weights.
@@ -28,6 +29,7 @@ class Architecture:
         family: Networks that are built alike; the training test takes one of each.
         build: Gives the module with random weights.
         inputs: ``inputs(batch)`` gives the positional or keyword arguments of one call.
+        task: What it is trained on.
         fast: In the subset that every run of the tests takes.
         min_sqnr_db: The floor.
         min_coverage: The floor.
@@ -39,6 +41,7 @@ class Architecture:
     family: str
     build: Callable[[], nn.Module]
     inputs: Callable[[int], Any]
+    task: Task = DIGITS
     fast: bool = False
     min_sqnr_db: float = MIN_SQNR_DB
     min_coverage: float = MIN_COVERAGE
@@ -58,7 +61,8 @@ def _torchvision(name: str, family: str, size: int = 96, *, fast: bool = False, 
             settings.update(init_weights=True, aux_logits=False)  # saying so silences a warning
         return models.get_model(name, **settings)
 
-    return Architecture(name, "torchvision", family, build, _images(size), fast)
+    task = MASKS if family == "segmentation" else DIGITS
+    return Architecture(name, "torchvision", family, build, _images(size), task, fast)
 
 
 def _detection_backbone(name: str, family: str) -> Architecture:
@@ -73,7 +77,7 @@ def _detection_backbone(name: str, family: str) -> Architecture:
             backbone_name="resnet18", weights=None, trainable_layers=5, norm_layer=nn.BatchNorm2d
         )
 
-    return Architecture(name, "torchvision", family, build, _images(96))
+    return Architecture(name, "torchvision", family, build, _images(96), PLACES)
 
 
 def _video(name: str) -> Architecture:
@@ -103,7 +107,7 @@ def _timm(name: str, family: str, size: int = 96, *, fast: bool = False, **optio
         model: nn.Module = timm.create_model(name, pretrained=False, **options)
         return model
 
-    return Architecture(name, "timm", family, build, _images(size), fast, *_LOWER.get(name, ()))
+    return Architecture(name, "timm", family, build, _images(size), DIGITS, fast, *_LOWER.get(name, ()))
 
 
 def _tokens(batch: int, length: int = 24, vocabulary: int = 200) -> dict[str, torch.Tensor]:
@@ -122,7 +126,15 @@ _SMALL = {
 
 
 def _transformers(
-    name: str, model: str, config: str, inputs: Callable[[int], Any], *, fast: bool = False, **options: Any
+    name: str,
+    family: str,
+    task: Task,
+    model: str,
+    config: str,
+    inputs: Callable[[int], Any],
+    *,
+    fast: bool = False,
+    **options: Any,
 ) -> Architecture:
     def build() -> nn.Module:
         import transformers
@@ -131,7 +143,7 @@ def _transformers(
         built: nn.Module = getattr(transformers, model)(settings)
         return built
 
-    return Architecture(name, "transformers", "transformer", build, inputs, fast)
+    return Architecture(name, "transformers", family, build, inputs, task, fast)
 
 
 ARCHITECTURES: tuple[Architecture, ...] = (
@@ -208,6 +220,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _timm("gmlp_s16_224", "mixer", 224),
     _transformers(
         "bert",
+        "transformer",
+        TEXTS,
         "BertForSequenceClassification",
         "BertConfig",
         lambda b: _tokens(b),
@@ -216,6 +230,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     _transformers(
         "distilbert",
+        "transformer",
+        TEXTS,
         "DistilBertForSequenceClassification",
         "DistilBertConfig",
         lambda b: _tokens(b),
@@ -227,6 +243,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     _transformers(
         "vit",
+        "vit",
+        DIGITS,
         "ViTForImageClassification",
         "ViTConfig",
         _images(64),
@@ -236,6 +254,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     _transformers(
         "wav2vec2",
+        "speech",
+        WAVES,
         "Wav2Vec2ForSequenceClassification",
         "Wav2Vec2Config",
         lambda b: (torch.randn(b, 4000),),
@@ -246,6 +266,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     _transformers(
         "gpt2",
+        "language model",
+        NEXT_LETTERS,
         "GPT2LMHeadModel",
         "GPT2Config",
         lambda b: {**_tokens(b), "use_cache": False},
@@ -257,6 +279,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     _transformers(
         "llama",
+        "language model",
+        NEXT_LETTERS,
         "LlamaForCausalLM",
         "LlamaConfig",
         lambda b: {**_tokens(b), "use_cache": False},
@@ -266,6 +290,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     _transformers(
         "t5_encoder",
+        "transformer",
+        TEXTS,
         "T5EncoderModel",
         "T5Config",
         lambda b: _tokens(b),
@@ -277,6 +303,13 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         num_heads=4,
     ),
 )
+
+
+#: One architecture of each family, the first: what is trained.
+FAMILIES: dict[str, Architecture] = {
+    family: next(entry for entry in ARCHITECTURES if entry.family == family)
+    for family in dict.fromkeys(entry.family for entry in ARCHITECTURES)
+}
 
 
 def by_name(name: str) -> Architecture:

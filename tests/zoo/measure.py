@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +37,13 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
 
-def settled(entry: Architecture) -> nn.Module:
-    """The float network with random weights, its batch norms settled on noise and no layer that is zero at birth."""
+def settled(entry: Architecture, inputs: Callable[[int], Any] | None = None) -> nn.Module:
+    """The float network with random weights, its batch norms settled and no layer that is zero at birth.
+
+    Args:
+        entry: The architecture.
+        inputs: What its batch norms settle on, given the batch size; None: noise.
+    """
     torch.manual_seed(0)
     model = entry.build()
     with torch.no_grad():
@@ -55,7 +61,7 @@ def settled(entry: Architecture) -> nn.Module:
     model.train()
     with torch.no_grad():
         for _ in range(SETTLING_STEPS):
-            call(model, entry.inputs(16))
+            call(model, (inputs or entry.inputs)(16))
     return model.eval()
 
 
