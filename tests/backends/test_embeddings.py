@@ -32,6 +32,7 @@ from lightning_quant import (
 from lightning_quant.arguments import Call
 from lightning_quant.backends import capture_targets, embeddings, fx, reference
 from lightning_quant.backends.embeddings import Int8Table, StoredTable, Table, fake_quantized, quantized, row_qparams
+from lightning_quant.backends.graph import info
 from lightning_quant.capture import record_calls
 from lightning_quant.config import FormatName, Method
 from lightning_quant.exporters import qdq
@@ -208,7 +209,7 @@ def test_an_embedding_is_in_int8(method: Method, shape: tuple[int, ...]) -> None
     assert rows_of(int8, x)["table"] == [("quantized::embedding_byte", 0, True)]
     found = coverage(int8, x)
     assert found.share == 1
-    assert fx.info(int8).float_layers == {}
+    assert info(int8).float_layers == {}
     torch.testing.assert_close(int8.table(x), rounded(weight)[x])
     assert decibels(model(x), int8(x)) > 25
     assert torch.equal(model.table.weight, weight)
@@ -385,9 +386,9 @@ def test_what_stays_float_says_why(name: str, method: Method) -> None:
     model = Reader(layer).eval() if name != "mode" else Bags(layer).eval()
     x = indices(4, 7)
     int8 = convert(calibrated(model, x, method=method))
-    (found,) = fx.info(int8).float_layers.values()
+    (found,) = info(int8).float_layers.values()
     assert found.startswith(reason)
-    rows = {row.name: row for row in coverage(int8, x, reasons=fx.info(int8).float_layers).rows}
+    rows = {row.name: row for row in coverage(int8, x, reasons=info(int8).float_layers).rows}
     assert not rows["table"].int8
     assert rows["table"].reason == found
     assert rows["table"].macs == 0
@@ -405,7 +406,7 @@ def test_a_table_of_another_type_stays_float() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.fc(self.table(x).float())
 
-    known = fx.info(prepare(Half().eval(), method="static", example_inputs=indices(4, 7)))
+    known = info(prepare(Half().eval(), method="static", example_inputs=indices(4, 7)))
     assert known.float_layers == {"table": "the int8 kernel gives float32, and its table is bfloat16"}
 
 
@@ -420,7 +421,7 @@ def test_a_hooked_table_stays_float() -> None:
     model, x = Reader().eval(), indices(4, 7)
     model.table.register_forward_hook(lambda module, args, output: output + 1)
     int8 = convert(calibrated(model, x))
-    assert fx.info(int8).float_layers == {"table": "it has forward hooks, which an int8 kernel would not run"}
+    assert info(int8).float_layers == {"table": "it has forward hooks, which an int8 kernel would not run"}
     assert packed_tables(int8) == []
     assert decibels(model(x), int8(x)) > 25
 
@@ -438,7 +439,7 @@ def test_a_wrong_kernel_is_found_and_not_used(monkeypatch: pytest.MonkeyPatch) -
     model, x = Reader().eval(), indices(4, 7)
     int8 = convert(calibrated(model, x))
     text = f"the int8 kernel for it is wrong on this CPU with torch {torch.__version__}"
-    assert fx.info(int8).float_layers == {"table": text}
+    assert info(int8).float_layers == {"table": text}
     assert type(int8.table) is nn.Embedding
 
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from lightning_quant import CalibrationError, CaptureError, ConfigError, QuantConfig, TensorSpec, convert, prepare
 from lightning_quant.arguments import Call, Captured
-from lightning_quant.backends import as_call, fx, reference
+from lightning_quant.backends import as_call, reference
+from lightning_quant.backends.graph import is_graph
 from lightning_quant.config import Method
 
 METHODS: tuple[Method, ...] = ("dynamic", "static", "qat")
@@ -51,7 +52,7 @@ def test_a_model_in_parts_keeps_its_own_forward(method: Method) -> None:
     model, prepared = in_parts(method)
     assert type(prepared) is Branching
     assert isinstance(prepared.up, Captured)
-    assert fx.is_graph(prepared.up.graph)
+    assert is_graph(prepared.up.graph)
     assert prepared.training is (method == "qat")
     assert type(prepared.down) is Mlp  # the example never went there
     assert type(model.up) is Mlp
@@ -62,7 +63,7 @@ def test_a_model_in_parts_keeps_its_own_forward(method: Method) -> None:
     assert decibels(model(X), int8(X)) > 25
     assert torch.equal(int8(-X), model(-X))
     assert not any(m.training for m in int8.modules())
-    assert fx.is_graph(prepared.up.graph)
+    assert is_graph(prepared.up.graph)
     if method != "dynamic":
         assert decibels(model(X), reference(prepared)(X)) > 25
 

@@ -16,7 +16,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from lightning_quant import CaptureError, ExportConfig, convert, coverage, export, load, prepare
 from lightning_quant._torch_ao import RECURRENT_MODULES
-from lightning_quant.backends import fx, recurrent
+from lightning_quant.backends import recurrent
+from lightning_quant.backends.graph import info
 from lightning_quant.backends.recurrent import expose_recurrent
 from lightning_quant.config import Method
 
@@ -133,7 +134,7 @@ def test_training_reaches_the_parameters() -> None:
 def test_a_layer_that_is_the_whole_model(tmp_path: Path) -> None:
     layer, x = LAYERS["own forward"]().eval(), torch.randn(5, 6, 8)
     prepared = calibrated(layer, x)
-    known = fx.info(prepared)
+    known = info(prepared)
     assert set(known.replaced) == set(dict(layer.named_parameters()))
     paths = export(prepared, None, ExportConfig(directory=tmp_path, formats=("torchscript",)), x)
     fresh = torch.randn(2, 9, 8)
@@ -148,7 +149,7 @@ class Deciding(nn.LSTM):
 def test_one_that_decides_by_its_data_stays_float_and_says_why() -> None:
     model, x = Model(Deciding(8, 16, batch_first=True)).eval(), torch.randn(5, 6, 8)
     prepared = calibrated(model, x)
-    (reason,) = fx.info(prepared).kept.values()
+    (reason,) = info(prepared).kept.values()
     assert "symbolically traced variables cannot be used as inputs to control flow" in reason
     int8 = convert(prepared)
     assert type(int8.layer) is Deciding
