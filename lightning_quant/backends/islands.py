@@ -57,7 +57,8 @@ def kind_of(graph_module: fx.GraphModule, node: fx.Node) -> Any:
     return type(graph_module.get_submodule(str(node.target))) if node.op == "call_module" else node.target
 
 
-def _is_weighted(kind: Any) -> bool:
+def is_weighted(kind: Any) -> bool:
+    """Whether ``kind`` is a linear or (transposed) convolution layer, fused or not, or the function of one."""
     if kind in _WEIGHTED_FUNCTIONS:
         return True
     layers: Any = (nn.Linear, *CONVS, *CONV_TRANSPOSES, FusedModule)
@@ -163,14 +164,14 @@ def _decide(
     """The nodes that could run in int8 and do not, and those that do."""
     nodes = [node for node in graph_module.graph.nodes if node.op in ("call_function", "call_method", "call_module")]
     kinds = {node: kind_of(graph_module, node) for node in nodes}
-    weighted = {node for node in nodes if _is_weighted(kinds[node]) and not stays_float(node)}
+    weighted = {node for node in nodes if is_weighted(kinds[node]) and not stays_float(node)}
     between = {
         node
         for node in nodes
         if node not in weighted
         and able(node)
         and not _in(kinds[node], (*FLOAT_BY_DESIGN, *RNNS))
-        and not _is_weighted(kinds[node])
+        and not is_weighted(kinds[node])
     }
     candidates = set() if none else {node for node in between if _has_kernel(node, kinds[node])}
     while True:
