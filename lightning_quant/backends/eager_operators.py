@@ -229,7 +229,7 @@ def _has_kernel(graph_module: fx.GraphModule, node: fx.Node, kind: Any) -> bool:
         source = node.args[0]
         if not isinstance(source, fx.Node) or len(node.all_input_nodes) != 1:
             return False
-        return (plain and source.meta.get(VALUE) == TENSOR) or (plain and _is_split(graph_module, source))
+        return source.meta.get(VALUE) == TENSOR or _is_split(graph_module, source)
     if kind == "view":  # as another type
         return not any(isinstance(x, torch.dtype) for x in node.args)
     return bool(node.meta[VALUE] == TENSOR) or kind in _SPLITS
