@@ -15,12 +15,15 @@ import torch
 
 try:
     import torch.ao.nn.intrinsic.qat as qat_conv_bn_modules
+    import torch.ao.nn.intrinsic.quantized as fused_quantized_modules
+    import torch.ao.nn.qat as qat_layer_modules
     import torch.ao.nn.quantized as quantized_modules
     import torch.ao.nn.quantized.dynamic as dynamic_modules
     import torch.ao.nn.quantized.reference as reference_modules
     import torch.ao.quantization.fx._decomposed
     from torch.ao.nn.intrinsic import _FusedModule as FusedModule
     from torch.ao.quantization import (
+        DeQuantStub,
         FakeQuantize,
         FakeQuantizeBase,
         FusedMovingAvgObsFakeQuantize,
@@ -33,6 +36,7 @@ try:
         PlaceholderObserver,
         QConfig,
         QConfigMapping,
+        QuantStub,
     )
     from torch.ao.quantization.backend_config import (
         BackendConfig,
@@ -47,6 +51,19 @@ try:
     from torch.ao.quantization.fx.prepare import prepare as prepare_graph
     from torch.ao.quantization.fx.tracer import QuantizationTracer
     from torch.ao.quantization.qconfig_mapping import get_default_qat_qconfig_mapping, get_default_qconfig_mapping
+    from torch.ao.quantization.quantization_mappings import (
+        get_default_dynamic_quant_module_mappings,
+        get_default_static_quant_module_mappings,
+    )
+    from torch.ao.quantization.quantize import (
+        convert as convert_modules,
+    )
+    from torch.ao.quantization.quantize import (
+        prepare as prepare_modules,
+    )
+    from torch.ao.quantization.quantize import (
+        prepare_qat as prepare_modules_qat,
+    )
     from torch.ao.quantization.quantize_fx import (
         _attach_meta_to_node_if_not_exist as attach_node_meta,
     )
@@ -75,6 +92,7 @@ __all__ = [
     "RECURRENT_MODULES",
     "BackendConfig",
     "BackendPatternConfig",
+    "DeQuantStub",
     "FakeQuantize",
     "FakeQuantizeBase",
     "FusedModule",
@@ -89,12 +107,17 @@ __all__ = [
     "PrepareCustomConfig",
     "QConfig",
     "QConfigMapping",
+    "QuantStub",
     "QuantizationTracer",
     "attach_node_meta",
     "convert_graph",
+    "convert_modules",
     "fuse_graph",
+    "fused_quantized_modules",
+    "get_default_dynamic_quant_module_mappings",
     "get_default_qat_qconfig_mapping",
     "get_default_qconfig_mapping",
+    "get_default_static_quant_module_mappings",
     "get_fbgemm_backend_config",
     "get_native_backend_config",
     "get_onednn_backend_config",
@@ -102,7 +125,10 @@ __all__ = [
     "is_fake_quantize",
     "is_observer",
     "prepare_graph",
+    "prepare_modules",
+    "prepare_modules_qat",
     "qat_conv_bn_modules",
+    "qat_layer_modules",
     "quantized_modules",
     "quiet",
     "reference_modules",

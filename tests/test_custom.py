@@ -237,7 +237,7 @@ def test_an_entry_that_matches_nothing(entry: LayerConfig, text: str) -> None:
 # ---- what they do
 
 
-@pytest.mark.parametrize("backend", ["fx"])
+@pytest.mark.parametrize("backend", ["fx", "eager"])
 @pytest.mark.parametrize("observer", [HalfRange, TwiceTheMean])
 def test_an_observer_of_all_activations(backend: Any, observer: Any) -> None:
     model = Network()
@@ -253,7 +253,7 @@ def test_an_observer_of_all_activations(backend: Any, observer: Any) -> None:
             assert after[name] == pytest.approx(before[name] / 2)
 
 
-@pytest.mark.parametrize("backend", ["fx"])
+@pytest.mark.parametrize("backend", ["fx", "eager"])
 def test_an_observer_of_one_layer(backend: Any) -> None:
     model = Network()
     spec = TensorSpec(observer=HalfRange)  # type: ignore[arg-type]
@@ -268,7 +268,7 @@ def test_an_observer_of_one_layer(backend: Any) -> None:
     assert {k: v for k, v in other.items() if k != "second"} == {k: v for k, v in stock.items() if k != "second"}
 
 
-@pytest.mark.parametrize("backend", ["fx"])
+@pytest.mark.parametrize("backend", ["fx", "eager"])
 def test_weights_of_one_type(backend: Any) -> None:
     spec = TensorSpec(qscheme="per_tensor_symmetric")
     config = QuantConfig(backend=backend, layers=(LayerConfig(type="torch.nn.Conv2d", weight=spec),))
@@ -280,7 +280,7 @@ def test_weights_of_one_type(backend: Any) -> None:
     assert schemes["head"] == torch.per_channel_affine
 
 
-@pytest.mark.parametrize("backend", ["fx"])
+@pytest.mark.parametrize("backend", ["fx", "eager"])
 def test_a_fake_quantize_of_ones_own_trains(backend: Any) -> None:
     spec = TensorSpec(fake_quantize=CountingFakeQuantize, observer=HalfRange)  # type: ignore[arg-type]
     model = Network()
@@ -294,7 +294,7 @@ def test_a_fake_quantize_of_ones_own_trains(backend: Any) -> None:
     convert(prepared)
 
 
-@pytest.mark.parametrize("backend", ["fx"])
+@pytest.mark.parametrize("backend", ["fx", "eager"])
 def test_a_module_is_kept_whole(backend: Any) -> None:
     model = Network()
     config = QuantConfig(backend=backend, layers=(LayerConfig(name="second", keep=True),))
@@ -305,7 +305,7 @@ def test_a_module_is_kept_whole(backend: Any) -> None:
     assert rows["head"].int8
 
 
-@pytest.mark.parametrize("backend", ["fx"])
+@pytest.mark.parametrize("backend", ["fx", "eager"])
 @pytest.mark.parametrize("by", [{"name": "own"}, {"type": Doubled}])
 def test_a_module_is_exchanged(backend: Any, by: Any) -> None:
     model = Network().eval()

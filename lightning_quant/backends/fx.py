@@ -6,41 +6,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import replace
-
 from torch import fx, nn
 
-from lightning_quant import qat_modules
 from lightning_quant._torch_ao import (
-    BackendConfig,
     ObserverBase,
     PrepareCustomConfig,
     attach_node_meta,
     convert_graph,
-    get_native_backend_config,
     prepare_graph,
     swap_float_functional,
 )
 from lightning_quant.arguments import Call
-from lightning_quant.backends import embeddings, islands, kernels, swapping
-from lightning_quant.backends.finishing import finished, observe_weights
-from lightning_quant.backends.graph import (
-    CannotRun,
-    Feasible,
-    Prepared,
-    engine,
-    info,
-    try_out,
-    twin_of,
-    with_info,
-    working,
+from lightning_quant.backends import embeddings, islands
+from lightning_quant.backends.beginning import (
+    Begun,
+    batch_norms_inside,
+    begin,
+    feasible,
+    float_names,
+    is_inside,
+    native_patterns,
+    own_settings,
 )
-from lightning_quant.backends.tracing import Traced, trace
+from lightning_quant.backends.finishing import finished, observe_weights
+from lightning_quant.backends.graph import Feasible, Prepared, engine, info, with_info, working
 from lightning_quant.config import Method, QuantConfig, resolve
 from lightning_quant.fake_quantize import SharedFakeQuantize
-from lightning_quant.fusion import FusedGroup, fuse
-from lightning_quant.qconfig import RNNS, config_of_layer, layer_qconfig, qconfig_mapping, weight_range
+from lightning_quant.fusion import fuse
+from lightning_quant.qconfig import RNNS, layer_qconfig, qconfig_mapping
 
 #: Where torch.ao is told to find the nodes that stay float. No module has this name.
 _ALONE = "lightning_quant float"
@@ -58,13 +51,7 @@ def check(model: nn.Module, call: Call, method: Method, config: QuantConfig) -> 
     Raises:
         CaptureError: ``model`` cannot be captured as one graph.
     """
-    try:
-        prepared, _ = try_out(lambda: prepare(model, config, method, call), convert, call)
-    except CannotRun:
-        # an operator between the layers has no kernel for what it is given
-        prepared, _ = try_out(lambda: prepare(model, config, method, call, between=False), convert, call)
-        return Feasible(info(prepared).kept, between=False)
-    return Feasible(info(prepared).kept)
+    return feasible(lambda between: prepare(model, config, method, call, between=between), convert, call)
 
 
 def prepare(
@@ -82,54 +69,21 @@ def prepare(
     Raises:
         CaptureError: ``forward`` cannot be traced.
     """
-    asked, config = config, resolve(config)
-    training = method == "qat"
-    twin = twin_of(model, share=training)
-    twin.train(training)
-    with working(config):
-        traced = trace(twin, example, training=training, whole=swapping.whole(config))
-        traced = swapping.with_observed(traced, config, training=training)
-        skipped = {*config.skip, *(name for name, origin in traced.origins.items() if origin in config.skip)}
-        reasons = embeddings.place(traced.graph_module, skipped, training=training)
-        traced = replace(traced, float_layers=traced.float_layers | reasons)
-        narrow: frozenset[str] = frozenset()
-        if method != "dynamic":
-            plan = kernels.plan(traced.graph_module, config, weight_range(config)[1], config.skip)
-            config = kernels.with_engine(config, plan)
-            traced = replace(traced, float_layers=traced.float_layers | plan.float_layers)
-            # who says reduce_range=False may quantize for another machine
-            narrow = plan.narrow if asked.reduce_range is None else narrow
-        with engine(config.engine):
-            return _prepare_traced(traced, config, method, narrow, between)
+    with working(resolve(config)):
+        begun = begin(model, config, method, example)
+        with engine(begun.config.engine):
+            return _prepare_traced(begun, method, between)
 
 
-def _backend_config(method: Method) -> BackendConfig:
-    """Torch's table of the patterns that its int8 kernels run."""
-    stock = get_native_backend_config()
-    return qat_modules.with_own_modules(stock) if method == "qat" else stock
-
-
-def _prepare_traced(
-    traced: Traced, config: QuantConfig, method: Method, narrow: frozenset[str], between: bool
-) -> fx.GraphModule:
-    training = method == "qat"
-    backend_config = _backend_config(method)
+def _prepare_traced(begun: Begun, method: Method, between: bool) -> fx.GraphModule:
+    traced, config, training = begun.traced, begun.config, method == "qat"
+    backend_config = native_patterns(method)
     mapping = qconfig_mapping(config, method)
-    for name, kind in _own_settings(traced, config, narrow):
-        own = config_of_layer(config, traced.origins.get(name, name))
-        if name in narrow:
-            own = replace(own, reduce_range=True)
+    for name, own in own_settings(begun).items():
+        kind = type(traced.graph_module.get_submodule(name))
         mapping.set_module_name(name, layer_qconfig(own, method, kind))
-    for name in config.skip:
+    for name in float_names(traced, config):
         mapping.set_module_name(name, None)
-    for name, origin in traced.origins.items():
-        if origin in config.skip:
-            mapping.set_module_name(name, None)
-    # torch.ao looks into modules that no pattern of it matches
-    alone = tuple(f"{name}." for name in (*traced.kept, *traced.float_layers, *traced.swapped))
-    for name, _ in traced.graph_module.named_modules():
-        if f"{name}.".startswith(alone):
-            mapping.set_module_name(name, None)
     swap_float_functional(traced.graph_module)
     attach_node_meta(traced.graph_module)
     graph_module, groups = fuse(traced.graph_module, backend_config, method)
@@ -140,7 +94,7 @@ def _prepare_traced(
     if method != "dynamic":
         out = {name for name, qconfig in mapping.module_name_qconfigs.items() if qconfig is None}
         floats = islands.float_nodes(
-            graph_module, backend_config, lambda n: _is_left_out(n, scopes, out), none=not between
+            graph_module, backend_config, lambda n: is_inside(n, scopes, out), none=not between
         )
         for node in graph_module.graph.nodes:
             scopes.setdefault(node.name, ("", nn.Module))
@@ -163,7 +117,6 @@ def _prepare_traced(
     _count_sharing(prepared)
     if training:
         observe_weights(prepared)
-    parts = {part: traced.origins.get(member, member) for group in groups for part, member in _inside(prepared, group)}
     known = Prepared(
         config=config,
         method=method,
@@ -171,7 +124,7 @@ def _prepare_traced(
         replaced=traced.replaced,
         fused=groups,
         origins=traced.origins,
-        batch_norms=parts,
+        batch_norms=batch_norms_inside(prepared, traced, groups),
         kept=traced.kept,
         float_layers=traced.float_layers,
         swapped=traced.swapped,
@@ -180,23 +133,8 @@ def _prepare_traced(
     return with_info(prepared, known)
 
 
-def _own_settings(
-    traced: Traced, config: QuantConfig, narrow: Collection[str]
-) -> Iterator[tuple[str, type[nn.Module]]]:
-    """The modules that are not quantized as the rest is."""
-    named = {layer.name for layer in config.layers if layer.activation or layer.weight}
-    for name, module in traced.graph_module.named_modules():
-        if name in narrow or name in named or traced.origins.get(name) in named:
-            yield name, type(module)
-
-
 def _is_called_elsewhere(node: fx.Node, floats: list[fx.Node]) -> bool:
     return any(other.target == node.target and other not in floats for other in node.graph.nodes)
-
-
-def _is_left_out(node: fx.Node, scopes: dict[str, tuple[str, type]], out: set[str]) -> bool:
-    place = str(node.target) if node.op == "call_module" else scopes.get(node.name, ("",))[0]
-    return any(place == name or place.startswith(name + ".") for name in out)
 
 
 def _count_sharing(prepared: fx.GraphModule) -> None:
@@ -205,25 +143,6 @@ def _count_sharing(prepared: fx.GraphModule) -> None:
     for module in calls:
         if isinstance(module, SharedFakeQuantize):
             module.calls_per_forward = sum(1 for other in calls if other is module)
-
-
-def _inside(prepared: fx.GraphModule, group: FusedGroup) -> Iterator[tuple[str, str]]:
-    """The batch norms that still stand inside of a fused module, and the members of the group that they are."""
-    name = group.members[0]
-    fused = _get(prepared, name)
-    if isinstance(fused, qat_modules.TYPES) and len(group.members) > 1:
-        yield f"{name}.bn", group.members[1]
-    elif isinstance(fused, nn.Sequential):
-        for number, (part, member) in enumerate(zip(fused, group.members, strict=False)):
-            if isinstance(part, nn.modules.batchnorm._BatchNorm):
-                yield f"{name}.{number}", member
-
-
-def _get(module: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return module.get_submodule(name)
-    except AttributeError:
-        return None
 
 
 def convert(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None) -> fx.GraphModule:
@@ -239,7 +158,7 @@ def convert(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None) 
     known = info(prepared)
     with working(known.config):
         twin = finished(prepared, kept)
-        converted = convert_graph(twin, is_reference=False, backend_config=_backend_config(known.method))
+        converted = convert_graph(twin, is_reference=False, backend_config=native_patterns(known.method))
         embeddings.pack(converted)
     islands.drop_marks(converted)
     return with_info(converted.eval(), known)
@@ -279,7 +198,7 @@ def reference(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None
             is_reference=True,
             _remove_qconfig=False,
             is_decomposed=True,
-            backend_config=_backend_config(known.method),
+            backend_config=native_patterns(known.method),
         )
         embeddings.store(converted)
     islands.drop_marks(converted)

@@ -57,7 +57,8 @@ def kind_of(graph_module: fx.GraphModule, node: fx.Node) -> Any:
     return type(graph_module.get_submodule(str(node.target))) if node.op == "call_module" else node.target
 
 
-def _is_weighted(kind: Any) -> bool:
+def is_weighted(kind: Any) -> bool:
+    """Whether ``kind`` is a linear or (transposed) convolution layer, fused or not, or the function of one."""
     if kind in _WEIGHTED_FUNCTIONS:
         return True
     layers: Any = (nn.Linear, *CONVS, *CONV_TRANSPOSES, FusedModule)
@@ -80,16 +81,38 @@ def float_nodes(
         stays_float: Whether a layer with weights was left in float by the user.
         none: All of them.
     """
-    found, int8 = _decide(graph_module, config, stays_float, none)
-    # a twin has int8 readers alone, so that the next round finds it in int8 and gives it none
-    while not none and any([_double(graph_module, node, int8) for node in reversed(found)]):
-        found, int8 = _decide(graph_module, config, stays_float, none)
-    able = {c.pattern for c in config.configs if not isinstance(c.pattern, tuple)}
+    patterns = {c.pattern for c in config.configs if not isinstance(c.pattern, tuple)}
+
+    def able(node: fx.Node) -> bool:
+        return _in(kind_of(graph_module, node), patterns)
+
+    found, int8 = divide(graph_module, able, stays_float, none=none)
     for node in list(graph_module.graph.nodes):
-        called = node.op in ("call_function", "call_method", "call_module")
-        if called and node not in int8 and _in(kind_of(graph_module, node), able):
+        if node.op in ("call_function", "call_method", "call_module") and node not in int8 and able(node):
             _set_apart(graph_module, node, int8)
     return found
+
+
+def divide(
+    graph_module: fx.GraphModule,
+    able: Callable[[fx.Node], bool],
+    stays_float: Callable[[fx.Node], bool],
+    *,
+    none: bool = False,
+) -> tuple[list[fx.Node], set[fx.Node]]:
+    """The nodes that could run in int8 and are better left in float, and those that run in int8.
+
+    Args:
+        graph_module: Fused, before observers are placed. Changed: what moves data to readers of both kinds is doubled.
+        able: Whether there is an int8 kernel for what a node calls.
+        stays_float: Whether a layer with weights was left in float by the user.
+        none: Nothing but layers with weights runs in int8.
+    """
+    found, int8 = _decide(graph_module, able, stays_float, none)
+    # a twin has int8 readers alone, so that the next round finds it in int8 and gives it none
+    while not none and any([_double(graph_module, node, int8) for node in reversed(found)]):
+        found, int8 = _decide(graph_module, able, stays_float, none)
+    return found, int8
 
 
 def _double(graph_module: fx.GraphModule, node: fx.Node, int8: set[fx.Node]) -> bool:
@@ -133,20 +156,22 @@ def drop_marks(graph_module: fx.GraphModule) -> None:
 
 
 def _decide(
-    graph_module: fx.GraphModule, config: BackendConfig, stays_float: Callable[[fx.Node], bool], none: bool
+    graph_module: fx.GraphModule,
+    able: Callable[[fx.Node], bool],
+    stays_float: Callable[[fx.Node], bool],
+    none: bool,
 ) -> tuple[list[fx.Node], set[fx.Node]]:
     """The nodes that could run in int8 and do not, and those that do."""
-    able = {c.pattern for c in config.configs if not isinstance(c.pattern, tuple)}
     nodes = [node for node in graph_module.graph.nodes if node.op in ("call_function", "call_method", "call_module")]
     kinds = {node: kind_of(graph_module, node) for node in nodes}
-    weighted = {node for node in nodes if _is_weighted(kinds[node]) and not stays_float(node)}
+    weighted = {node for node in nodes if is_weighted(kinds[node]) and not stays_float(node)}
     between = {
         node
         for node in nodes
         if node not in weighted
-        and _in(kinds[node], able)
+        and able(node)
         and not _in(kinds[node], (*FLOAT_BY_DESIGN, *RNNS))
-        and not _is_weighted(kinds[node])
+        and not is_weighted(kinds[node])
     }
     candidates = set() if none else {node for node in between if _has_kernel(node, kinds[node])}
     while True:

@@ -357,8 +357,9 @@ def _pad_apart(graph_module: fx.GraphModule, node: fx.Node, conv: Any) -> None:
 def _view(module: nn.Module) -> Any:
     """Another module with the same Parameter and buffer objects."""
     twin: Any = copy.copy(module)
-    for registry in ("_parameters", "_buffers", "_modules"):
-        setattr(twin, registry, dict(getattr(module, registry)))
+    for name, registry in list(vars(twin).items()):
+        if isinstance(registry, dict):  # parameters, buffers, children and hooks: those of one are not the other's
+            setattr(twin, name, copy.copy(registry))
     twin.is_view = True
     return twin
 

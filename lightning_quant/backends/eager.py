@@ -1,0 +1,341 @@
+"""Eager mode: an ordinary model of modules, in which torch.ao swaps each one by its qconfig.
+
+What eager mode asks to be done by hand is done on the traced graph: layers are fused by data flow, ``QuantStub`` and
+``DeQuantStub`` stand where data enters and leaves int8, functions between layers are modules. The rest is torch's own
+``prepare``, ``prepare_qat`` and ``convert``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from lightning_quant import qat_modules
+from lightning_quant._torch_ao import (
+    DeQuantStub,
+    FusedModule,
+    QConfig,
+    QuantStub,
+    attach_node_meta,
+    convert_modules,
+    fused_quantized_modules,
+    get_default_dynamic_quant_module_mappings,
+    get_default_static_quant_module_mappings,
+    prepare_modules,
+    prepare_modules_qat,
+    qat_conv_bn_modules,
+    qat_layer_modules,
+    quantized_modules,
+)
+from lightning_quant.arguments import Call
+from lightning_quant.backends import embeddings, islands
+from lightning_quant.backends.beginning import (
+    Begun,
+    batch_norms_inside,
+    begin,
+    feasible,
+    float_names,
+    is_inside,
+    native_patterns,
+    own_settings,
+)
+from lightning_quant.backends.eager_operators import FIXED, insert_stubs, is_able, make_modules, record_values
+from lightning_quant.backends.eager_reference import neutral
+from lightning_quant.backends.finishing import finished, observe_weights
+from lightning_quant.backends.graph import Feasible, Prepared, engine, info, put, with_info, working
+from lightning_quant.config import Method, QuantConfig, resolve
+from lightning_quant.errors import ConfigError
+from lightning_quant.fusion import fuse
+from lightning_quant.qconfig import RNNS, layer_qconfig, qconfig_mapping
+
+#: Key of ``graph_module.meta``: name of a module -> its qconfig. Not on the modules, because those of a graph that is
+#: linked to a model in training are the model's own.
+_QCONFIGS = "lightning_quant qconfigs"
+
+
+def check(model: nn.Module, call: Call, method: Method, config: QuantConfig) -> Feasible:
+    """Prepare, run, convert and run ``model`` once, to see that it can be done.
+
+    Args:
+        model: Not changed.
+        call: One call of ``model.forward``.
+        method: dynamic, static or qat.
+        config: ``skip`` are names of its submodules.
+
+    Raises:
+        CaptureError: ``model`` cannot be captured as one graph.
+    """
+    return feasible(lambda between: prepare(model, config, method, call, between=between), convert, call)
+
+
+def prepare(
+    model: nn.Module, config: QuantConfig, method: Method, example: Call, *, between: bool = True
+) -> fx.GraphModule:
+    """A graph of ``model`` with observers (static), fake quantizes (qat) or marks (dynamic) at its int8 tensors.
+
+    Args:
+        model: Keeps its structure, buffers and mode. For ``qat`` its Parameter objects are those of the result.
+        config: ``skip`` are names of submodules of ``model``.
+        method: dynamic, static or qat.
+        example: One call of ``model.forward``.
+        between: Let operators between the layers run in int8 where that pays.
+
+    Raises:
+        CaptureError: ``forward`` cannot be traced.
+    """
+    with working(resolve(config)):
+        begun = begin(model, config, method, example)
+        with engine(begun.config.engine):
+            return _prepare_traced(begun, method, example, between)
+
+
+def _prepare_traced(begun: Begun, method: Method, example: Call, between: bool) -> fx.GraphModule:
+    traced, config, training = begun.traced, begun.config, method == "qat"
+    out = float_names(traced, config)
+    attach_node_meta(traced.graph_module)
+    graph_module, groups = fuse(traced.graph_module, native_patterns(method), method)
+    scopes = dict(traced.scopes)
+    float_layers = dict(traced.float_layers)
+    if method == "dynamic":
+        qconfigs = _dynamic_qconfigs(graph_module, config, out)
+    else:
+        float_layers |= _computed_weights(graph_module, scopes)
+        graph_module.eval()
+        record_values(graph_module, copy.deepcopy(traced.interface.flatten(example.args, example.keywords)))
+        qconfigs = _place(graph_module, begun, method, scopes, out, between)
+    graph_module.delete_all_unused_submodules()
+    graph_module.recompile()
+    graph_module.train(training)
+    if method != "dynamic":
+        # recurrent layers take the ranges of activations at run time: nothing is observed
+        observed = {n: q for n, q in qconfigs.items() if not isinstance(graph_module.get_submodule(n), RNNS)}
+        with _apart(graph_module, tuple(traced.kept)):
+            _set_qconfigs(graph_module, observed)
+            if training:
+                prepare_modules_qat(graph_module, mapping=_trainable(), inplace=True)
+            else:
+                prepare_modules(graph_module, inplace=True)
+            _set_qconfigs(graph_module, {})
+    if training:
+        observe_weights(graph_module)
+    norms = batch_norms_inside(graph_module, traced, groups)
+    known = Prepared(
+        config=config,
+        method=method,
+        interface=traced.interface,
+        replaced=traced.replaced,
+        fused=groups,
+        origins=traced.origins,
+        batch_norms=norms | _observed_batch_norms(graph_module, traced.origins),
+        kept=traced.kept,
+        float_layers=float_layers,
+        swapped=traced.swapped,
+    )
+    graph_module.meta[_QCONFIGS] = qconfigs
+    graph_module.train(training)
+    return with_info(graph_module, known)
+
+
+def _computed_weights(graph_module: fx.GraphModule, scopes: dict[str, tuple[str, type]]) -> dict[str, str]:
+    """Functional layers, which eager mode has no module for: what computes their weights would have to be in it."""
+    reason = "its weight is computed at every step, and eager mode swaps only modules that store theirs"
+    return {
+        scopes.get(node.name, ("",))[0] or node.name: reason
+        for node in graph_module.graph.nodes
+        if node.op == "call_function" and islands.is_weighted(node.target)
+    }
+
+
+def _observed_batch_norms(graph_module: nn.Module, origins: dict[str, str]) -> dict[str, str]:
+    """Batch norms that stand alone and are observed: they are no longer the same object as in the float model."""
+    return {
+        name: origins.get(name, name)
+        for name, module in graph_module.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and hasattr(module, "activation_post_process")
+    }
+
+
+def _dynamic_qconfigs(graph_module: fx.GraphModule, config: QuantConfig, out: set[str]) -> dict[str, QConfig | None]:
+    mapping = qconfig_mapping(config, "dynamic").object_type_qconfigs
+    qconfigs: dict[str, QConfig | None] = {}
+    for node in graph_module.graph.nodes:
+        if node.op != "call_module" or is_inside(node, {}, out):
+            continue
+        name = str(node.target)
+        module = graph_module.get_submodule(name)
+        if isinstance(module, FusedModule):
+            qconfigs[name] = mapping[nn.Linear]
+        elif type(module) in (nn.Linear, *RNNS):
+            qconfigs[name] = mapping[type(module)]
+    return qconfigs
+
+
+def _place(
+    graph_module: fx.GraphModule,
+    begun: Begun,
+    method: Method,
+    scopes: dict[str, tuple[str, type]],
+    out: set[str],
+    between: bool,
+) -> dict[str, QConfig | None]:
+    """Make ``graph_module`` an eager-mode model. Gives the qconfig of each module that is swapped, by name."""
+    config = begun.config
+    swapped = {*_int8_modules(), *_trainable()}
+
+    def stays_float(node: fx.Node) -> bool:
+        return is_inside(node, scopes, out) or islands.kind_of(graph_module, node) not in swapped
+
+    def able(node: fx.Node) -> bool:
+        return is_able(graph_module, node) and not is_inside(node, scopes, out)
+
+    _, int8 = islands.divide(graph_module, able, stays_float, none=not between)
+    anywhere = layer_qconfig(config, method, nn.Linear)
+    qconfigs: dict[str, QConfig | None] = {}
+    settings = own_settings(begun)
+    recurrent = qconfig_mapping(config, method).object_type_qconfigs
+    for node in graph_module.graph.nodes:
+        if node.op != "call_module":
+            continue
+        name = str(node.target)
+        module = graph_module.get_submodule(name)
+        if isinstance(module, RNNS) and not is_inside(node, scopes, out):
+            qconfigs[name] = recurrent[type(module)]
+        elif node in int8 and islands.is_weighted(type(module)):
+            qconfigs[name] = layer_qconfig(settings.get(name, config), method, type(module))
+    for name in make_modules(graph_module, int8):
+        # those of fixed scale are observed in training alone, where rounding has to be learnt
+        if method == "qat" or not isinstance(graph_module.get_submodule(name), FIXED):
+            qconfigs[name] = anywhere
+    stubs = insert_stubs(graph_module, int8, QuantStub, DeQuantStub)
+    return qconfigs | dict.fromkeys(stubs, anywhere)
+
+
+def _trainable() -> dict[Any, Any]:
+    """Float module -> the one with fake quantized weights. Torch's own table for eager mode has no ``nn.Conv1d``."""
+    configs = native_patterns("qat").configs
+    embeddings = (nn.Embedding, nn.EmbeddingBag)
+    return {
+        c.pattern: c.qat_module
+        for c in configs
+        if c.qat_module is not None and isinstance(c.pattern, type) and c.pattern not in embeddings
+    }
+
+
+def _int8_modules() -> dict[Any, Any]:
+    """Float or trainable module -> int8 one."""
+    dynamic = get_default_dynamic_quant_module_mappings()
+    return {
+        **get_default_static_quant_module_mappings(),
+        **{kind: dynamic[kind] for kind in RNNS},
+        qat_layer_modules.Conv1d: quantized_modules.Conv1d,
+        qat_conv_bn_modules.ConvReLU1d: fused_quantized_modules.ConvReLU1d,
+    }
+
+
+@contextmanager
+def _apart(graph_module: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
+    """Take the modules that a graph keeps out of it: torch.ao goes through all modules that there are."""
+    modules = {name: graph_module.get_submodule(name) for name in names}
+    for name in names:
+        put(graph_module, name, nn.Identity())
+    try:
+        yield
+    finally:
+        for name, module in modules.items():
+            put(graph_module, name, module)
+
+
+def _set_qconfigs(graph_module: nn.Module, qconfigs: dict[str, QConfig | None]) -> None:
+    """Give modules these qconfigs, and all others none: torch.ao hands that of a module down to its children."""
+    for module in graph_module.modules():
+        module.__dict__.pop("qconfig", None)
+    for name, qconfig in qconfigs.items():
+        module = graph_module.get_submodule(name)
+        for part in (
+            module,
+            *(module if isinstance(module, FusedModule) and isinstance(module, nn.Sequential) else ()),
+        ):
+            part.__dict__["qconfig"] = qconfig
+    if not qconfigs:
+        return
+    for module in graph_module.modules():
+        module.__dict__.setdefault("qconfig", None)
+
+
+def convert(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None) -> fx.GraphModule:
+    """The int8 model: torch's own quantized kernels, packed for the engine of the config. ``prepared`` is unchanged.
+
+    Args:
+        prepared: From :func:`prepare`.
+        kept: What stands in the places of the modules that it keeps. Default: copies of them.
+
+    Raises:
+        CalibrationError: An observer saw no data.
+    """
+    known = info(prepared)
+    with working(known.config):
+        twin = finished(prepared, kept)
+        _swap(twin, known)
+        embeddings.pack(twin)
+    return with_info(twin.eval(), known)
+
+
+def _swap(twin: fx.GraphModule, known: Prepared) -> None:
+    """Swap the modules of a finished graph for int8 ones."""
+    _store_attributes(twin)
+    stock = {own: theirs for theirs, own in qat_modules.REPLACEMENTS.items()}
+    with _apart(twin, tuple(known.kept)):
+        for module in twin.modules():
+            # torch.ao folds the batch norm of its own classes alone
+            if type(module) in stock:
+                module.__class__ = stock[type(module)]
+        _set_qconfigs(twin, twin.meta[_QCONFIGS])
+        dynamic = known.method == "dynamic"
+        mapping = get_default_dynamic_quant_module_mappings() if dynamic else _int8_modules()
+        convert_modules(twin, mapping, inplace=True, convert_custom_config_dict={})
+    del twin.meta[_QCONFIGS]
+
+
+def _store_attributes(twin: fx.GraphModule) -> None:
+    """Keep what the graph reads of layers: once these are in int8, they have packed weights and no Parameters."""
+    for node in list(twin.graph.nodes):
+        if node.op != "get_attr":
+            continue
+        owner, _, attribute = str(node.target).rpartition(".")
+        value = getattr(twin.get_submodule(owner), attribute)
+        if owner and isinstance(value, torch.Tensor):
+            name = f"stored_{node.name}"
+            twin.register_buffer(name, value.detach())
+            node.target = name
+    twin.recompile()
+
+
+def reference(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None) -> fx.GraphModule:
+    """The same model as float arithmetic between quantize and dequantize operators. ``prepared`` is unchanged.
+
+    Args:
+        prepared: From :func:`prepare`.
+        kept: What stands in the places of the modules that it keeps. Default: copies of them.
+
+    Raises:
+        CalibrationError: An observer saw no data.
+        ConfigError: It was prepared for ``dynamic``, where ranges are taken at run time.
+    """
+    known = info(prepared)
+    if known.method == "dynamic":
+        raise ConfigError(
+            "backend='eager' with method='dynamic' has no neutral form: the ranges of activations are taken when they "
+            "are computed. Write 'torchscript', or use method='static'."
+        )
+    with working(known.config):
+        twin = finished(prepared, kept)
+        recurrent = {name: module for name, module in twin.named_modules() if isinstance(module, RNNS)}
+        _swap(twin, known)
+        graph_module = neutral(twin, recurrent)
+        embeddings.store(graph_module)
+    return with_info(graph_module.eval(), known)
