@@ -45,7 +45,15 @@ from lightning_quant.backends.beginning import (
     is_inside,
     native_patterns,
 )
-from lightning_quant.backends.eager_operators import FIXED, insert_stubs, is_able, make_modules, record_values
+from lightning_quant.backends.eager_operators import (
+    FIXED,
+    SCALAR,
+    Functional,
+    insert_stubs,
+    is_able,
+    make_modules,
+    record_values,
+)
 from lightning_quant.backends.eager_reference import neutral
 from lightning_quant.backends.finishing import finished, observe_weights
 from lightning_quant.backends.graph import Feasible, Prepared, engine, info, put, with_info, working
@@ -303,6 +311,8 @@ def _swap(twin: fx.GraphModule, known: Prepared) -> None:
             # torch.ao folds the batch norm of its own classes alone
             if type(module) in stock:
                 module.__class__ = stock[type(module)]
+            elif isinstance(module, Functional) and module.operation in SCALAR:
+                module.functional = quantized_modules.QFunctional()  # it has no observer to be swapped by
         _set_qconfigs(twin, twin.meta[_QCONFIGS])
         dynamic = known.method == "dynamic"
         mapping = get_default_dynamic_quant_module_mappings() if dynamic else _int8_modules()
