@@ -22,7 +22,8 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from lightning_quant._torch_ao import quantized_modules
-from lightning_quant.backends.islands import kind_of
+from lightning_quant.backends.constants import is_layer
+from lightning_quant.backends.islands import asks_for_size, kind_of
 from lightning_quant.backends.rewriting import add_scalar, graph_module_has, mul_scalar
 
 #: Key of ``node.meta``: what a node gives, one of the words below.
@@ -326,10 +327,15 @@ def insert_stubs(
         if node.meta.get(VALUE) != TENSOR:
             continue
         if node in int8:
-            readers = [u for u in node.users if u not in int8 and (u.op == "output" or u.meta.get(VALUE) != OTHER)]
+            readers = [
+                user
+                for user in node.users
+                if user not in int8 and not (asks_for_size(graph_module, user) and user.meta.get(VALUE) == OTHER)
+            ]
             module, stem = dequantize(), f"dequantize_{node.name}"
         else:
-            readers = [user for user in node.users if user in int8]
+            # the weight and the bias of a functional layer are no data
+            readers = [user for user in node.users if user in int8 and (not is_layer(user) or user.args[0] is node)]
             module, stem = quantize(), f"quantize_{node.name}"
         if not readers:
             continue

@@ -7,18 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from models import calibrated, decibels
+from models import decibels
 from torch import fx, nn
 from torch.nn import functional as F
 
-from lightning_quant import QuantConfig, convert
+from lightning_quant import QuantConfig, TensorSpec
 from lightning_quant._torch_ao import DeQuantStub, QuantStub
+from lightning_quant.arguments import Call
 from lightning_quant.backends import eager, eager_operators
 from lightning_quant.backends.eager_operators import FIXED, OBSERVED, Functional, is_able, record_values
 from lightning_quant.backends.islands import kind_of
 from lightning_quant.backends.rewriting import add_scalar, mul_scalar
 
-EAGER = QuantConfig(backend="eager")
+EAGER = QuantConfig(backend="eager", activation=TensorSpec(observer="min_max"))
 
 #: Name -> (operator, dimensions of the data behind the batch and the channels). Between two layers in int8.
 MOVES: dict[str, tuple[Any, int]] = {
@@ -213,8 +214,9 @@ class Between(nn.Module):
 def quantized(name: str, table: dict[str, tuple[Any, int]]) -> tuple[nn.Module, Any, torch.Tensor]:
     between, dims = table[name]
     model, x = Between(between, dims).eval(), torch.randn(8, 3, *[6] * dims)
-    prepared = calibrated(model, x, config=EAGER)
-    assert isinstance(prepared, fx.GraphModule)
+    prepared = eager.prepare(model, EAGER, "static", Call((x,)))
+    with torch.no_grad():
+        prepared(x)
     return model, prepared, x
 
 
@@ -237,7 +239,7 @@ def test_an_operator_between_layers_runs_in_int8_as_in_float(name: str) -> None:
     _, prepared, x = quantized(name, {**MOVES, **ROUNDS})
     kinds = [type(m) for m in prepared.modules()]
     assert (kinds.count(QuantStub), kinds.count(DeQuantStub)) == (1, 1)
-    int8 = convert(prepared)
+    int8 = eager.convert(prepared)
     recorder = Recorder(int8)
     with torch.no_grad():
         recorder.run(x)
@@ -263,7 +265,7 @@ def test_what_has_no_kernel_stays_float(name: str) -> None:
     kinds = [type(m) for m in prepared.modules()]
     assert kinds.count(QuantStub) == kinds.count(DeQuantStub) == 2
     # four roundings of about 40 dB each, one of which a softmax or a sum may amplify
-    assert decibels(model(x), convert(prepared)(x)) >= 25
+    assert decibels(model(x), eager.convert(prepared)(x)) >= 25
 
 
 def test_every_operator_of_the_table_is_tried() -> None:
