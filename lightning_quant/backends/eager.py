@@ -44,7 +44,16 @@ from lightning_quant.backends.beginning import (
     native_patterns,
     own_settings,
 )
-from lightning_quant.backends.eager_operators import FIXED, insert_stubs, is_able, make_modules, record_values
+from lightning_quant.backends.eager_functions import depends_on_parameters, observe_functions, store_weights
+from lightning_quant.backends.eager_operators import (
+    FIXED,
+    SCALAR,
+    Functional,
+    insert_stubs,
+    is_able,
+    make_modules,
+    record_values,
+)
 from lightning_quant.backends.eager_reference import neutral
 from lightning_quant.backends.finishing import finished, observe_weights
 from lightning_quant.backends.graph import Feasible, Prepared, engine, info, put, with_info, working
@@ -100,11 +109,9 @@ def _prepare_traced(begun: Begun, method: Method, example: Call, between: bool) 
     attach_node_meta(traced.graph_module)
     graph_module, groups = fuse(traced.graph_module, native_patterns(method), method)
     scopes = dict(traced.scopes)
-    float_layers = dict(traced.float_layers)
     if method == "dynamic":
         qconfigs = _dynamic_qconfigs(graph_module, config, out)
     else:
-        float_layers |= _computed_weights(graph_module, scopes)
         graph_module.eval()
         record_values(graph_module, copy.deepcopy(traced.interface.flatten(example.args, example.keywords)))
         qconfigs = _place(graph_module, begun, method, scopes, out, between)
@@ -133,22 +140,12 @@ def _prepare_traced(begun: Begun, method: Method, example: Call, between: bool) 
         origins=traced.origins,
         batch_norms=norms | _observed_batch_norms(graph_module, traced.origins),
         kept=traced.kept,
-        float_layers=float_layers,
+        float_layers=traced.float_layers,
         swapped=traced.swapped,
     )
     graph_module.meta[_QCONFIGS] = qconfigs
     graph_module.train(training)
     return with_info(graph_module, known)
-
-
-def _computed_weights(graph_module: fx.GraphModule, scopes: dict[str, tuple[str, type]]) -> dict[str, str]:
-    """Functional layers, which eager mode has no module for: what computes their weights would have to be in it."""
-    reason = "its weight is computed at every step, and eager mode swaps only modules that store theirs"
-    return {
-        scopes.get(node.name, ("",))[0] or node.name: reason
-        for node in graph_module.graph.nodes
-        if node.op == "call_function" and islands.is_weighted(node.target)
-    }
 
 
 def _observed_batch_norms(graph_module: nn.Module, origins: dict[str, str]) -> dict[str, str]:
@@ -188,7 +185,11 @@ def _place(
     swapped = {*_int8_modules(), *_trainable()}
 
     def stays_float(node: fx.Node) -> bool:
-        return is_inside(node, scopes, out) or islands.kind_of(graph_module, node) not in swapped
+        if is_inside(node, scopes, out):
+            return True
+        if node.op == "call_function":
+            return method != "qat" or not depends_on_parameters(graph_module, node)
+        return islands.kind_of(graph_module, node) not in swapped
 
     def able(node: fx.Node) -> bool:
         return is_able(graph_module, node) and not is_inside(node, scopes, out)
@@ -207,6 +208,7 @@ def _place(
             qconfigs[name] = recurrent[type(module)]
         elif node in int8 and islands.is_weighted(type(module)):
             qconfigs[name] = layer_qconfig(settings.get(name, config), method, type(module))
+    observe_functions(graph_module, int8, config, method)
     for name in make_modules(graph_module, int8):
         # those of fixed scale are observed in training alone, where rounding has to be learnt
         if method == "qat" or not isinstance(graph_module.get_submodule(name), FIXED):
@@ -287,6 +289,7 @@ def convert(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None) 
 
 def _swap(twin: fx.GraphModule, known: Prepared) -> None:
     """Swap the modules of a finished graph for int8 ones."""
+    qconfigs = twin.meta.pop(_QCONFIGS) | store_weights(twin, known.config, known.method)
     _store_attributes(twin)
     stock = {own: theirs for theirs, own in qat_modules.REPLACEMENTS.items()}
     with _apart(twin, tuple(known.kept)):
@@ -294,11 +297,12 @@ def _swap(twin: fx.GraphModule, known: Prepared) -> None:
             # torch.ao folds the batch norm of its own classes alone
             if type(module) in stock:
                 module.__class__ = stock[type(module)]
-        _set_qconfigs(twin, twin.meta[_QCONFIGS])
+            elif isinstance(module, Functional) and module.operation in SCALAR:
+                module.functional = quantized_modules.QFunctional()  # type: ignore[assignment] # nothing observes it
+        _set_qconfigs(twin, qconfigs)
         dynamic = known.method == "dynamic"
         mapping = get_default_dynamic_quant_module_mappings() if dynamic else _int8_modules()
         convert_modules(twin, mapping, inplace=True, convert_custom_config_dict={})
-    del twin.meta[_QCONFIGS]
 
 
 def _store_attributes(twin: fx.GraphModule) -> None:

@@ -22,15 +22,16 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from lightning_quant._torch_ao import quantized_modules
-from lightning_quant.backends.islands import kind_of
+from lightning_quant.backends.constants import is_layer
+from lightning_quant.backends.islands import asks_for_size, kind_of
 from lightning_quant.backends.rewriting import add_scalar, graph_module_has, mul_scalar
 
 #: Key of ``node.meta``: what a node gives, one of the words below.
 VALUE = "lightning_quant value"
 TENSOR, TENSORS, OTHER = "a tensor of floating point", "several of them", "something else"
 
-_SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
-_PRODUCTS = (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply")
+_SUMS = (operator.add, torch.add, "add", "add_")
+_PRODUCTS = (operator.mul, torch.mul, torch.multiply, "mul", "mul_", "multiply")
 _MATRIX_PRODUCTS = (operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm")
 _JOINS = (torch.cat, torch.concat, torch.concatenate)
 _RELUS = (nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_")
@@ -45,13 +46,16 @@ _FUNCTIONALS: dict[Any, str] = {
     mul_scalar: "mul_scalar",
 }
 
+#: Those of them that torch.ao does not observe.
+SCALAR = ("add_scalar", "mul_scalar")
+
 #: Function -> the module that it becomes, so that it can be observed, or swapped.
 _ACTIVATIONS: dict[Any, type[nn.Module]] = {
     F.hardswish: nn.Hardswish,
     F.elu: nn.ELU,
     F.leaky_relu: nn.LeakyReLU,
-    **dict.fromkeys((F.sigmoid, torch.sigmoid, "sigmoid"), nn.Sigmoid),
-    **dict.fromkeys((F.tanh, torch.tanh, "tanh"), nn.Tanh),
+    **dict.fromkeys((torch.sigmoid, "sigmoid"), nn.Sigmoid),
+    **dict.fromkeys((torch.tanh, "tanh"), nn.Tanh),
     F.hardsigmoid: nn.Hardsigmoid,
 }
 
@@ -75,7 +79,7 @@ _KEEP: frozenset[Any] = frozenset(
         F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
         torch.avg_pool1d, torch.adaptive_avg_pool1d, torch.mean, "mean",
         F.interpolate, F.pad, F.dropout, F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle,
-        nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Flatten, nn.Unflatten,
+        nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Flatten, nn.Unflatten,
         nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
         nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
         nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Upsample, nn.UpsamplingNearest2d, nn.ZeroPad2d,
@@ -168,7 +172,7 @@ def _has_functional(node: fx.Node, kind: Any) -> bool:
     a: Any
     b: Any
     a, b = node.args
-    if operation in ("add_scalar", "mul_scalar"):
+    if operation in SCALAR:
         # 0 would be the scale of the result
         number = b if _is_tensor(a) else a
         return _is_number(number) and (number != 0 or operation == "add_scalar") and (_is_tensor(a) or _is_tensor(b))
@@ -177,7 +181,7 @@ def _has_functional(node: fx.Node, kind: Any) -> bool:
     if operation == "matmul":  # the kernel takes as many dimensions of both
         return a.meta[_DIMS] == b.meta[_DIMS] and a.meta[_DIMS] >= 2
     # a change in place is seen by everybody who reads the first operand
-    return kind not in ("add_", "mul_", operator.iadd, operator.imul) or len(a.users) == 1
+    return kind not in ("add_", "mul_") or len(a.users) == 1
 
 
 def _parts_and_dim(node: fx.Node) -> tuple[list[fx.Node], int] | None:
@@ -258,7 +262,9 @@ def make_modules(graph_module: fx.GraphModule, int8: set[fx.Node]) -> list[str]:
             continue
         kind = kind_of(graph_module, node)
         if kind in _FUNCTIONALS:
-            names.append(_make_functional(graph_module, node, _FUNCTIONALS[kind], int8))
+            name = _make_functional(graph_module, node, _FUNCTIONALS[kind], int8)
+            # the scale of a sum or product with a number follows from that of the tensor
+            names += [] if _FUNCTIONALS[kind] in SCALAR else [f"{name}.functional"]
         elif kind in _ACTIVATIONS:
             bound = _bound(node, kind)
             assert bound is not None
@@ -277,7 +283,7 @@ def _make_functional(graph_module: fx.GraphModule, node: fx.Node, operation: str
         found = _parts_and_dim(node)
         assert found is not None
         args = found
-    elif operation in ("add_scalar", "mul_scalar") and _is_number(args[0]):
+    elif operation in SCALAR and _is_number(args[0]):
         args = (args[1], args[0])
     if operation == "add" and len(node.users) == 1:
         follower = next(iter(node.users))
@@ -288,7 +294,7 @@ def _make_functional(graph_module: fx.GraphModule, node: fx.Node, operation: str
             int8.discard(follower)
     name = add_module(graph_module, node.name, Functional(operation))
     node.op, node.target, node.args, node.kwargs = "call_module", name, args, {}
-    return f"{name}.functional"
+    return name
 
 
 def add_module(graph_module: fx.GraphModule, stem: str, module: nn.Module) -> str:
@@ -321,10 +327,15 @@ def insert_stubs(
         if node.meta.get(VALUE) != TENSOR:
             continue
         if node in int8:
-            readers = [u for u in node.users if u not in int8 and (u.op == "output" or u.meta.get(VALUE) != OTHER)]
+            readers = [
+                user
+                for user in node.users
+                if user not in int8 and not (asks_for_size(graph_module, user) and user.meta.get(VALUE) == OTHER)
+            ]
             module, stem = dequantize(), f"dequantize_{node.name}"
         else:
-            readers = [user for user in node.users if user in int8]
+            # the weight and the bias of a functional layer are no data
+            readers = [user for user in node.users if user in int8 and (not is_layer(user) or user.args[0] is node)]
             module, stem = quantize(), f"quantize_{node.name}"
         if not readers:
             continue

@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from lightning_quant._torch_ao import RECURRENT_MODULES, fused_quantized_modules, quantized_modules, reference_modules
-from lightning_quant.backends.eager_operators import FIXED, TENSOR, TENSORS, VALUE, Functional
+from lightning_quant.backends.eager_operators import FIXED, SCALAR, TENSOR, TENSORS, VALUE, Functional
 
 _OPS = torch.ops.quantized_decomposed
 _STORED = {torch.quint8: (torch.uint8, 0, 255), torch.qint8: (torch.int8, -128, 127)}
@@ -144,7 +144,7 @@ class _Writer:
         args = fx.node.map_arg(node.args, lambda n: self.written[n])
         qparams = self.known[node.all_input_nodes[0]]
         own: Any = module.functional
-        if module.operation in ("add_scalar", "mul_scalar"):
+        if module.operation in SCALAR:
             number = node.args[1]
             qparams = qparams.after(lambda x: module(x, number))
         else:

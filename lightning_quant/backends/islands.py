@@ -57,6 +57,11 @@ def kind_of(graph_module: fx.GraphModule, node: fx.Node) -> Any:
     return type(graph_module.get_submodule(str(node.target))) if node.op == "call_module" else node.target
 
 
+def asks_for_size(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether ``node`` reads what a tensor is, and none of its values."""
+    return node.op != "output" and _in(kind_of(graph_module, node), _NEUTRAL)
+
+
 def is_weighted(kind: Any) -> bool:
     """Whether ``kind`` is a linear or (transposed) convolution layer, fused or not, or the function of one."""
     if kind in _WEIGHTED_FUNCTIONS:

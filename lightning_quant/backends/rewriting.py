@@ -138,7 +138,8 @@ def _is_stored(graph_module: fx.GraphModule, value: Any, dims: int) -> bool:
     return isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.dim() == dims
 
 
-_LAYERS: dict[Any, type[nn.Module]] = {
+#: Function -> the layer that it is.
+LAYERS: dict[Any, type[nn.Module]] = {
     F.linear: nn.Linear,
     **dict(zip(CONV_FUNCTIONS, CONVS, strict=True)),
     **dict(zip(CONV_TRANSPOSE_FUNCTIONS, CONV_TRANSPOSES, strict=True)),
@@ -163,7 +164,7 @@ def _layers_of_functions(graph_module: fx.GraphModule, scopes: dict[str, tuple[s
     """
     origins: dict[str, str] = {}
     for node in list(graph_module.graph.nodes):
-        if node.op != "call_function" or node.target not in _LAYERS:
+        if node.op != "call_function" or node.target not in LAYERS:
             continue
         names = ("input", "weight", "bias")
         values = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
@@ -175,7 +176,7 @@ def _layers_of_functions(graph_module: fx.GraphModule, scopes: dict[str, tuple[s
             continue
         tensor = operator.attrgetter(str(weight.target))(graph_module)
         offset = None if bias is None else operator.attrgetter(str(bias.target))(graph_module)
-        layer = _layer(_LAYERS[node.target], tensor, offset, node.args[3:])
+        layer = layer_with(LAYERS[node.target], tensor, offset, node.args[3:])
         name, owner = _name_for(graph_module, weight, {weight, bias}, scopes.get(node.name, ("", None))[0])
         if name != owner:
             origins[name] = owner
@@ -259,7 +260,7 @@ def _is_free(graph_module: fx.GraphModule, name: str, used: Collection[Any]) -> 
     )
 
 
-def _layer(kind: type[nn.Module], weight: torch.Tensor, bias: torch.Tensor | None, settings: tuple[Any, ...]) -> Any:
+def layer_with(kind: type[nn.Module], weight: Any, bias: torch.Tensor | None, settings: tuple[Any, ...]) -> Any:
     """A layer of ``torch.nn`` with these very tensors. ``settings`` are those of the function, behind the bias."""
     with torch.device("meta"):
         if kind is nn.Linear:
