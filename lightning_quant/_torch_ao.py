@@ -56,6 +56,7 @@ try:
     from torch.ao.quantization.quantize_fx import (
         _swap_ff_with_fxff as swap_float_functional,
     )
+    from torch.ao.quantization.quantize_jit import convert_dynamic_jit, convert_jit, prepare_dynamic_jit, prepare_jit
 except ImportError as error:  # pragma: no cover - no such torch exists yet
     raise ImportError(
         f"torch {torch.__version__} no longer has torch.ao.quantization ({error.name}). "
@@ -91,7 +92,9 @@ __all__ = [
     "QConfigMapping",
     "QuantizationTracer",
     "attach_node_meta",
+    "convert_dynamic_jit",
     "convert_graph",
+    "convert_jit",
     "fuse_graph",
     "get_default_qat_qconfig_mapping",
     "get_default_qconfig_mapping",
@@ -101,7 +104,9 @@ __all__ = [
     "get_qnnpack_backend_config",
     "is_fake_quantize",
     "is_observer",
+    "prepare_dynamic_jit",
     "prepare_graph",
+    "prepare_jit",
     "qat_conv_bn_modules",
     "quantized_modules",
     "quiet",

@@ -456,3 +456,18 @@ def _follow_mode(train: Traced, evaluation: Traced) -> tuple[str, str] | None:
         train.graph_module.add_submodule(name, module)
         node.op, node.target, node.args, node.kwargs = "call_module", name, args, kwargs
     return None
+
+
+def without_changes(root: nn.Module, run: Callable[[], Any]) -> Any:
+    """What ``run`` gives, which calls ``root``.
+
+    Raises:
+        CaptureError: A module changed itself by it. What it changed is put back.
+    """
+    before = {name: (m, _state_of(m)) for name, m in root.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
+    try:
+        return run()
+    finally:
+        changes = {name: changed for name, (part, state) in before.items() if (changed := _put_back(part, state))}
+        for name, changed in changes.items():
+            raise CaptureError(f"{name + ': ' if name else ''}{_carries(changed)}")

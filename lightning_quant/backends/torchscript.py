@@ -1,0 +1,408 @@
+"""TorchScript graph mode: torch's passes over a traced or scripted program place observers and int8 kernels.
+
+What is traced is the canonical graph of :mod:`lightning_quant.backends.tracing`, in which every operator that is to
+run in int8 is a module of its own, because these passes know modules by name and nothing smaller. A program that is not
+ours (scripted, or traced where torch.fx cannot) is quantized by the kinds of its modules.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.jit import ScriptModule
+
+from lightning_quant._torch_ao import (
+    FusedModule,
+    QConfig,
+    attach_node_meta,
+    convert_dynamic_jit,
+    convert_jit,
+    get_native_backend_config,
+    prepare_dynamic_jit,
+    prepare_jit,
+    swap_float_functional,
+)
+from lightning_quant.arguments import Call, Interface
+from lightning_quant.backends import islands, kernels
+from lightning_quant.backends.graph import (
+    CannotRun,
+    Feasible,
+    Prepared,
+    engine,
+    info,
+    try_out,
+    twin_of,
+    unseen_error,
+    with_info,
+    working,
+)
+from lightning_quant.backends.scripting import TRACED, Program, script_module, trace_module, trace_program
+from lightning_quant.backends.tracing import Traced, trace
+from lightning_quant.config import Method, QuantConfig, resolve
+from lightning_quant.errors import CaptureError, ExportError
+from lightning_quant.fusion import FusedGroup, fuse
+from lightning_quant.qconfig import (
+    CONV_TRANSPOSES,
+    CONVS,
+    FLOAT_BY_DESIGN,
+    RNNS,
+    layer_qconfig,
+    qconfig_mapping,
+    weight_range,
+)
+
+#: Name of a module -> its qconfig; None: it stays float. A module without an entry has that of the one it is in.
+Entries = dict[str, QConfig | None]
+
+_LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *CONVS, *CONV_TRANSPOSES)
+
+
+def check(model: nn.Module, call: Call, method: Method, config: QuantConfig) -> Feasible:
+    """Prepare, run, convert and run ``model`` once, to see that it can be done.
+
+    Args:
+        model: Not changed. It may be a ScriptModule.
+        call: One call of ``model.forward``.
+        method: dynamic or static.
+        config: ``skip`` are names of its submodules.
+
+    Raises:
+        CaptureError: ``model`` cannot be captured as one program.
+    """
+    between = True
+    try:
+        prepared, _ = try_out(lambda: prepare(model, config, method, call), _converted, call)
+    except CannotRun:
+        # an operator between the layers has no kernel for what it is given
+        between = False
+        prepared, _ = try_out(lambda: prepare(model, config, method, call, between=False), _converted, call)
+    return Feasible(info(prepared).kept, between=between)
+
+
+def prepare(model: nn.Module, config: QuantConfig, method: Method, example: Call, *, between: bool = True) -> Program:
+    """A TorchScript program of ``model`` with observers at its int8 tensors (static) or marks at its layers (dynamic).
+
+    Args:
+        model: Keeps its structure, buffers and mode. It may be a ScriptModule, which is taken as it is.
+        config: ``skip`` are names of submodules of ``model``; ``jit`` says how the program is made.
+        method: dynamic or static.
+        example: One call of ``model.forward``.
+        between: Let operators between the layers run in int8 where that pays.
+
+    Raises:
+        CaptureError: ``model`` cannot be traced or scripted, or a trace would keep a decision for good.
+    """
+    asked, config = config, resolve(config)
+    with working(config):
+        plan = _of_graph if config.jit == "trace" and not isinstance(model, ScriptModule) else _of_modules
+        try:
+            made = plan(_twin(model), asked, config, method, example, between)
+        except _NotOneGraph:
+            made = _of_modules(_twin(model), asked, config, method, example, between)
+        insert = prepare_dynamic_jit if method == "dynamic" else prepare_jit
+        with engine(made.known.config.engine):
+            script = insert(made.program.script, made.entries)
+    program = Program(script, made.program.interface, made.program.output)
+    return with_info(program.eval(), made.known)
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    with torch.no_grad():  # else the parameters in a copy of a ScriptModule have a history
+        return twin_of(model, share=False).eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A float program, what is known of it, and what of it is quantized."""
+
+    program: Program
+    known: Prepared
+    entries: Entries
+
+
+class _NotOneGraph(CaptureError):
+    """Torch.fx gives no graph of it that is complete."""
+
+
+class _QConfigs:
+    """The qconfigs of one program.
+
+    Torch.ao compiles an observer for each entry, and refuses a value that two entries observe with different objects:
+    here they all have the same one.
+    """
+
+    def __init__(self, config: QuantConfig, method: Method) -> None:
+        self.config = config
+        self.method = method
+        self._shared: dict[Any, Any] = {}
+
+    def of(self, kind: type[nn.Module], *, narrow: bool = False) -> QConfig:
+        """That of a layer of this type; of any other operator, that of a linear layer."""
+        if self.method == "dynamic":
+            made: Any = qconfig_mapping(self.config, "dynamic").object_type_qconfigs[nn.Linear]
+        else:
+            config = replace(self.config, reduce_range=True) if narrow else self.config
+            made = layer_qconfig(config, self.method, kind)
+        transposed = kind in CONV_TRANSPOSES
+        return QConfig(
+            activation=self._compiled("activation", made.activation),
+            weight=self._compiled(("weight", narrow, transposed), made.weight),
+        )
+
+    def _compiled(self, key: Any, observer: Callable[[], nn.Module]) -> Callable[[], ScriptModule]:
+        if key not in self._shared:
+            self._shared[key] = torch.jit.script(observer())
+        compiled = self._shared[key]
+        return lambda: compiled
+
+
+# ---- the canonical graph
+
+
+class Operator(nn.Module):
+    """One operator of a graph as a module, so that it has a name: torch.ao's passes are told what to do by name."""
+
+    def __init__(self, target: Any) -> None:
+        super().__init__()
+        self.target = target
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The function, or the method of the first argument."""
+        if isinstance(self.target, str):
+            return getattr(args[0], self.target)(*args[1:], **kwargs)
+        return self.target(*args, **kwargs)
+
+
+def _of_graph(
+    model: nn.Module, asked: QuantConfig, config: QuantConfig, method: Method, example: Call, between: bool
+) -> _Made:
+    try:
+        traced = trace(model, example)
+    except CaptureError as error:
+        raise _NotOneGraph(str(error)) from error
+    graph_module = traced.graph_module
+    for name, reason in traced.kept.items():
+        # a layer of torch.nn that is the target itself is kept without a reason
+        if reason and not isinstance(graph_module.get_submodule(name), ScriptModule):
+            raise _NotOneGraph(f"{name}: {reason}")
+    narrow: frozenset[str] = frozenset()
+    if method != "dynamic":
+        plan = kernels.plan(graph_module, config, weight_range(config)[1], config.skip)
+        config = kernels.with_engine(config, plan)
+        traced = replace(traced, float_layers=traced.float_layers | plan.float_layers)
+        narrow = plan.narrow if asked.reduce_range is None else narrow
+    graph_module, groups, entries = _marked(traced, _QConfigs(config, method), narrow, between)
+    data = traced.interface.flatten(example.args, example.keywords)
+    try:
+        program = trace_program(graph_module, data)
+    except CaptureError as error:
+        raise _NotOneGraph(str(error)) from error
+    known = Prepared(
+        config=config,
+        method=method,
+        interface=traced.interface,
+        replaced=traced.replaced,
+        fused=groups,
+        float_layers=traced.float_layers | _recurrent_reasons(dict(graph_module.named_modules()), method),
+    )
+    return _Made(program, known, {"": None, **{f"{TRACED}.{name}": entry for name, entry in entries.items()}})
+
+
+def _marked(
+    traced: Traced, qconfigs: _QConfigs, narrow: frozenset[str], between: bool
+) -> tuple[fx.GraphModule, tuple[FusedGroup, ...], Entries]:
+    """The fused graph in which every int8 operator is a module, and the entries of these."""
+    graph_module = traced.graph_module
+    skip = qconfigs.config.skip
+    out = {*skip, *traced.float_layers, *(name for name, origin in traced.origins.items() if origin in skip)}
+    scopes = traced.scopes
+
+    def left_out(node: fx.Node) -> bool:
+        place = str(node.target) if node.op == "call_module" else scopes.get(node.name, ("",))[0]
+        return any(place == name or place.startswith(name + ".") for name in out)
+
+    groups: tuple[FusedGroup, ...] = ()
+    floats: Collection[fx.Node] = ()
+    able: set[Any] = set()
+    if qconfigs.method != "dynamic":
+        table = get_native_backend_config()
+        able = {c.pattern for c in table.configs if not isinstance(c.pattern, tuple)}
+        swap_float_functional(graph_module)
+        attach_node_meta(graph_module)
+        graph_module, groups = fuse(graph_module, table, qconfigs.method)
+        floats = islands.float_nodes(graph_module, table, left_out, none=not between)
+    entries: Entries = {}
+    for number, node in enumerate(list(graph_module.graph.nodes)):
+        if node.op not in ("call_function", "call_method", "call_module"):
+            continue
+        if node.target is islands.in_float:
+            node.target = torch.positive  # gives what it is given, and no pass of torch.ao sees past it
+            continue
+        if left_out(node) or node in floats:
+            continue
+        kind = islands.kind_of(graph_module, node)
+        if node.op == "call_module":
+            module = graph_module.get_submodule(str(node.target))
+            if isinstance(module, ScriptModule):
+                entries |= _by_kind(module, qconfigs, prefix=str(node.target))
+                continue
+            layer = module[0] if isinstance(module, FusedModule) else module
+            if isinstance(layer, _LAYERS) and (qconfigs.method != "dynamic" or type(layer) is nn.Linear):
+                entries[str(node.target)] = qconfigs.of(type(layer), narrow=str(node.target) in narrow)
+                continue
+        if not _in(kind, able) or _in(kind, (*FLOAT_BY_DESIGN, *RNNS)):
+            continue
+        name = str(node.target)
+        if node.op != "call_module":
+            name = f"operator_{number}"
+            graph_module.add_submodule(name, Operator(node.target))
+            node.op, node.target = "call_module", name
+        entries[name] = qconfigs.of(nn.Linear)
+    graph_module.delete_all_unused_submodules()
+    graph_module.recompile()
+    return graph_module, groups, entries
+
+
+def _in(kind: Any, group: Collection[Any]) -> bool:
+    try:
+        return kind in group
+    except TypeError:  # not hashable: no operator of torch
+        return False
+
+
+# ---- programs by the kinds of their modules
+
+_BY_NAME: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in _LAYERS}
+_RECURRENT = frozenset(kind.__name__ for kind in (*RNNS, nn.RNN))
+_FLOAT = _RECURRENT | {kind.__name__ for kind in FLOAT_BY_DESIGN if isinstance(kind, type)}
+_NORMS = frozenset({"LayerNorm", "GroupNorm"})
+#: Compiled code runs it as one operator, which has no int8 kernel.
+_ATTENTION = "MultiheadAttention"
+
+
+def _of_modules(
+    model: nn.Module, asked: QuantConfig, config: QuantConfig, method: Method, example: Call, between: bool
+) -> _Made:
+    make = script_module if config.jit == "script" or isinstance(model, ScriptModule) else trace_module
+    narrow: dict[str, str] = {}
+    program, interface = make(model, example)
+    prefix = "" if make is script_module else f"{TRACED}.module"
+    root: Any = dict(program.script.named_modules())[prefix]
+    entries = _by_kind(root, _QConfigs(config, method), prefix=prefix, skip=config.skip, between=between)
+    modules = {name: getattr(part, "original_name", "") for name, part in root.named_modules()}
+    reasons = {
+        name: "attention that is scripted runs as one operator, which has no int8 kernel; use jit='trace'"
+        for name, kind in modules.items()
+        if kind == _ATTENTION and make is script_module
+    }
+    known = Prepared(
+        config=config,
+        method=method,
+        interface=interface,
+        replaced=tuple(
+            dict.fromkeys(
+                [*(n for n, _ in model.named_children()), *(n for n, _ in model.named_parameters(recurse=False)),
+                 *(n for n, _ in model.named_buffers(recurse=False))]
+            )
+        ),
+        float_layers=reasons | narrow,
+    )  # fmt: skip
+    return _Made(program, known, entries)
+
+
+def _by_kind(
+    program: Any, qconfigs: _QConfigs, *, prefix: str = "", skip: Collection[str] = (), between: bool = True
+) -> Entries:
+    """The entries of a program, by the types that its modules had before they were compiled."""
+    general = qconfigs.of(nn.Linear)
+    dynamic = qconfigs.method == "dynamic"
+    entries: Entries = {"": None} if prefix else {}
+    for name, part in program.named_modules():
+        full = ".".join(x for x in (prefix, name) if x)
+        kind = getattr(part, "original_name", "")
+        children = {getattr(child, "original_name", "") for child in part.children()}
+        if any(name == s or name.startswith(s + ".") for s in skip) or kind in _FLOAT or kind == _ATTENTION:
+            entries[full] = None
+        elif kind in _BY_NAME and (not dynamic or kind == "Linear"):
+            entries[full] = qconfigs.of(_BY_NAME[kind])
+        elif dynamic:
+            entries[full] = general  # of its functions, linear alone has a kernel
+        elif not between or children & _NORMS:
+            entries[full] = None  # sums that a norm reads stay float: see islands
+        else:
+            entries[full] = general
+    return entries
+
+
+def _recurrent_reasons(modules: dict[str, nn.Module], method: Method) -> dict[str, str]:
+    return {
+        name: "TorchScript graph mode has no int8 kernel for recurrent layers; use backend='fx' or 'eager'"
+        for name, module in modules.items()
+        if isinstance(module, (*RNNS, nn.RNN))
+    }
+
+
+# ---- int8
+
+
+def convert(prepared: nn.Module, kept: dict[str, nn.Module] | None = None) -> Program:
+    """The int8 program, with weights packed for the engine of the config. ``prepared`` is unchanged.
+
+    With ``debug``, weights stay attributes of the program, and quantize and dequantize stand around float operators.
+
+    Args:
+        prepared: From :func:`prepare`.
+        kept: Nothing is kept by this backend.
+
+    Raises:
+        CalibrationError: An observer saw no data.
+    """
+    # the ranges of dynamic weights are taken while they are converted
+    if info(prepared).method != "dynamic" and (unseen := _unseen(prepared)):
+        raise unseen_error(unseen)
+    return _converted(prepared)
+
+
+def _converted(prepared: nn.Module) -> Program:
+    known = info(prepared)
+    twin: Any = copy.deepcopy(prepared).cpu().eval()
+    finish = convert_dynamic_jit if known.method == "dynamic" else convert_jit
+    with working(known.config):
+        script = finish(twin.script, debug=known.config.debug)
+    for part in script.modules():
+        part.__dict__.pop("training", None)
+        if not part._c.hasattr("training"):  # a finished program has no modes left, and Lightning asks for them
+            part._c._register_attribute("training", torch._C.BoolType.get(), False)
+    return with_info(Program(script, twin.interface, twin.output).eval(), known)
+
+
+def _unseen(prepared: Any) -> list[str]:
+    """The observers of a prepared program that saw no data. TorchScript keeps their buffers, not their classes."""
+    names = []
+    for name, module in prepared.script.named_modules():
+        low = getattr(module, "min_val", None)
+        if not name.rpartition(".")[2].startswith("_observer_") or low is None:
+            continue
+        if low.numel() == 0 or bool(torch.isinf(low).any()):
+            names.append(name)
+    return names
+
+
+def reference(prepared: nn.Module, kept: dict[str, nn.Module] | None = None) -> fx.GraphModule:
+    """There is none: torch's passes know no neutral form.
+
+    Raises:
+        ExportError: Always.
+    """
+    raise ExportError(
+        "backend='torchscript' writes TorchScript files only: its graphs have no form that other formats are made "
+        "from. Use backend='fx' or 'eager' for ONNX."
+    )
+
+
+__all__ = ["Interface", "check", "convert", "prepare", "reference"]
