@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.jit import ScriptModule
+from torch.jit._recursive import create_script_module, infer_methods_to_compile
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lightning_quant.arguments import Call, Interface, Positional, signature_of
@@ -133,7 +134,8 @@ def script_module(module: nn.Module, call: Call) -> tuple[Program, Interface]:
     _leave_fast_path(module)
     try:
         with torch.random.fork_rng(devices=[]):
-            script = torch.jit.script(module)
+            # as torch.jit.script does, but with a type for each module: see torchscript._by_kind
+            script = create_script_module(module, infer_methods_to_compile, share_types=False)
     except Exception as error:  # the compiler raises more than its own errors
         raise CaptureError(
             f"cannot be scripted: {_place(error)}{type(error).__name__}: {_first_line(error)}"

@@ -139,26 +139,25 @@ class _QConfigs:
     def __init__(self, config: QuantConfig, method: Method) -> None:
         self.config = config
         self.method = method
-        self._shared: dict[Any, Any] = {}
+        self._shared: dict[Any, ScriptModule] = {}
 
     def of(self, kind: type[nn.Module], *, narrow: bool = False) -> QConfig:
-        """That of a layer of this type; of any other operator, that of a linear layer."""
+        """That of one more layer of this type; of any other operator, that of a linear layer."""
         if self.method == "dynamic":
             made: Any = qconfig_mapping(self.config, "dynamic").object_type_qconfigs[nn.Linear]
         else:
             config = replace(self.config, reduce_range=True) if narrow else self.config
             made = layer_qconfig(config, self.method, kind)
-        transposed = kind in CONV_TRANSPOSES
-        return QConfig(
-            activation=self._compiled("activation", made.activation),
-            weight=self._compiled(("weight", narrow, transposed), made.weight),
-        )
+        activation = self._compiled("activation", made.activation)
+        # Modules with one qconfig share a type, to which torch.ao adds observers. Those that are never called would not
+        # get any, and be read beyond their end.
+        weight = copy.deepcopy(self._compiled(("weight", narrow, kind in CONV_TRANSPOSES), made.weight))
+        return QConfig(activation=lambda: activation, weight=lambda: weight)
 
-    def _compiled(self, key: Any, observer: Callable[[], nn.Module]) -> Callable[[], ScriptModule]:
+    def _compiled(self, key: Any, observer: Callable[[], nn.Module]) -> ScriptModule:
         if key not in self._shared:
             self._shared[key] = torch.jit.script(observer())
-        compiled = self._shared[key]
-        return lambda: compiled
+        return self._shared[key]
 
 
 # ---- the canonical graph
@@ -208,7 +207,7 @@ def _of_graph(
         interface=traced.interface,
         replaced=traced.replaced,
         fused=groups,
-        float_layers=traced.float_layers | _recurrent_reasons(dict(graph_module.named_modules()), method),
+        float_layers=traced.float_layers | _recurrent_reasons(graph_module, method),
     )
     return _Made(program, known, {"": None, **{f"{TRACED}.{name}": entry for name, entry in entries.items()}})
 
@@ -279,27 +278,35 @@ def _in(kind: Any, group: Collection[Any]) -> bool:
 
 _BY_NAME: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in _LAYERS}
 _RECURRENT = frozenset(kind.__name__ for kind in (*RNNS, nn.RNN))
-_FLOAT = _RECURRENT | {kind.__name__ for kind in FLOAT_BY_DESIGN if isinstance(kind, type)}
-_NORMS = frozenset({"LayerNorm", "GroupNorm"})
 #: Compiled code runs it as one operator, which has no int8 kernel.
 _ATTENTION = "MultiheadAttention"
+_FLOAT = {_ATTENTION} | _RECURRENT | {kind.__name__ for kind in FLOAT_BY_DESIGN if isinstance(kind, type)}
+_NORMS = frozenset({"LayerNorm", "GroupNorm"})
 
 
 def _of_modules(
     model: nn.Module, asked: QuantConfig, config: QuantConfig, method: Method, example: Call, between: bool
 ) -> _Made:
-    make = script_module if config.jit == "script" or isinstance(model, ScriptModule) else trace_module
-    narrow: dict[str, str] = {}
-    program, interface = make(model, example)
-    prefix = "" if make is script_module else f"{TRACED}.module"
+    scripted = config.jit == "script" or isinstance(model, ScriptModule)
+    plan = kernels.Plan(config.engine, frozenset(), {})
+    if method != "dynamic":
+        plan = _plan_of_modules(model, config)
+        config = kernels.with_engine(config, plan)
+        if isinstance(model, ScriptModule) and asked.reduce_range is None:
+            config = replace(config, reduce_range=config.engine != "qnnpack")
+    program, interface = (script_module if scripted else trace_module)(model, example)
+    prefix = "" if scripted else f"{TRACED}.module"
     root: Any = dict(program.script.named_modules())[prefix]
-    entries = _by_kind(root, _QConfigs(config, method), prefix=prefix, skip=config.skip, between=between)
-    modules = {name: getattr(part, "original_name", "") for name, part in root.named_modules()}
-    reasons = {
-        name: "attention that is scripted runs as one operator, which has no int8 kernel; use jit='trace'"
-        for name, kind in modules.items()
-        if kind == _ATTENTION and make is script_module
-    }
+    _refuse_attention(root, scripted)
+    entries = _by_kind(
+        root,
+        _QConfigs(config, method),
+        prefix=prefix,
+        skip=(*config.skip, *plan.float_layers),
+        narrow=plan.narrow if asked.reduce_range is None else (),
+        between=between,
+        own=not isinstance(model, ScriptModule),
+    )
     known = Prepared(
         config=config,
         method=method,
@@ -310,41 +317,77 @@ def _of_modules(
                  *(n for n, _ in model.named_buffers(recurse=False))]
             )
         ),
-        float_layers=reasons | narrow,
+        float_layers=plan.float_layers | _recurrent_reasons(root, method),
     )  # fmt: skip
     return _Made(program, known, entries)
 
 
 def _by_kind(
-    program: Any, qconfigs: _QConfigs, *, prefix: str = "", skip: Collection[str] = (), between: bool = True
+    program: Any,
+    qconfigs: _QConfigs,
+    *,
+    prefix: str = "",
+    skip: Collection[str] = (),
+    narrow: Collection[str] = (),
+    between: bool = True,
+    own: bool = False,
 ) -> Entries:
-    """The entries of a program, by the types that its modules had before they were compiled."""
-    general = qconfigs.of(nn.Linear)
+    """The entries of a program, by the types that its modules had before they were compiled.
+
+    Args:
+        program: What has these modules.
+        qconfigs: What there is.
+        prefix: Its name in the program that is prepared.
+        skip: Names of modules in it that stay float.
+        narrow: Names of layers in it whose weights have 7 bits.
+        between: Let operators between the layers run in int8.
+        own: We compiled it, each module to a type of its own. Else modules of one class have one type, and torch.ao
+            copies each type once for each qconfig: those with the same one need children with the same ones.
+    """
     dynamic = qconfigs.method == "dynamic"
     entries: Entries = {"": None} if prefix else {}
+    kinds = {name: getattr(part, "original_name", "") for name, part in program.named_modules()}
+    whole = [*skip, *(name for name, kind in kinds.items() if kind in _FLOAT)]
     for name, part in program.named_modules():
         full = ".".join(x for x in (prefix, name) if x)
-        kind = getattr(part, "original_name", "")
         children = {getattr(child, "original_name", "") for child in part.children()}
-        if any(name == s or name.startswith(s + ".") for s in skip) or kind in _FLOAT or kind == _ATTENTION:
+        if any(not w or name == w or name.startswith(w + ".") for w in whole):
             entries[full] = None
-        elif kind in _BY_NAME and (not dynamic or kind == "Linear"):
-            entries[full] = qconfigs.of(_BY_NAME[kind])
-        elif dynamic:
-            entries[full] = general  # of its functions, linear alone has a kernel
-        elif not between or children & _NORMS:
+        elif kinds[name] in _BY_NAME and (not dynamic or kinds[name] == "Linear"):
+            entries[full] = qconfigs.of(_BY_NAME[kinds[name]], narrow=name in narrow)
+        elif not dynamic and children and own and (not between or children & _NORMS):
             entries[full] = None  # sums that a norm reads stay float: see islands
         else:
-            entries[full] = general
+            entries[full] = qconfigs.of(nn.Linear)  # of its functions, linear alone has a dynamic kernel
     return entries
 
 
-def _recurrent_reasons(modules: dict[str, nn.Module], method: Method) -> dict[str, str]:
-    return {
-        name: "TorchScript graph mode has no int8 kernel for recurrent layers; use backend='fx' or 'eager'"
-        for name, module in modules.items()
-        if isinstance(module, (*RNNS, nn.RNN))
-    }
+def _plan_of_modules(model: nn.Module, config: QuantConfig) -> kernels.Plan:
+    if isinstance(model, ScriptModule):
+        # its layers do not tell their settings: fbgemm has a kernel for most, and is right with 7 bits
+        return kernels.Plan("fbgemm" if config.engine == "x86" else config.engine, frozenset(), {})
+    return kernels.plan_modules(model, config, weight_range(config)[1], config.skip)
+
+
+def _refuse_attention(program: Any, scripted: bool) -> None:
+    kinds = {name: getattr(part, "original_name", "") for name, part in program.named_modules()}
+    for name, kind in kinds.items():
+        if kind == _ATTENTION and scripted:
+            raise CaptureError(
+                f"{name or 'it'} is a scripted {_ATTENTION}, on which torch's TorchScript graph mode ends the process. "
+                "Use jit='trace', or backend='fx'"
+            )
+
+
+def _recurrent_reasons(model: Any, method: Method) -> dict[str, str]:
+    """Why the recurrent layers of a module or a program stay float."""
+    reason = (
+        "TorchScript graph mode quantizes Linear only dynamically; use backend='fx' or 'eager'"
+        if method == "dynamic"
+        else "TorchScript graph mode has no int8 kernel for recurrent layers; use backend='fx' or 'eager'"
+    )
+    kinds = {name: getattr(part, "original_name", type(part).__name__) for name, part in model.named_modules()}
+    return {name: reason for name, kind in kinds.items() if kind in _RECURRENT}
 
 
 # ---- int8
