@@ -19,7 +19,7 @@ NAME = "lightning_quant"
 #: Bottom to top. A module imports from its own layer and from those below; a subpackage counts as one module here.
 LAYERS = (
     ("errors",),
-    ("structures", "_torch_ao", "_roots", "config", "arguments"),
+    ("structures", "_torch_ao", "_roots", "config", "arguments", "scripted"),
     ("recipes", "qat_modules", "qconfig", "fusion", "capture", "observers", "fake_quantize", "placement"),
     ("backends",),
     ("phases", "attachment", "exporters", "runtime", "analysis"),

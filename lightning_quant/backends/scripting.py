@@ -30,20 +30,29 @@ class Program(nn.Module):
     Args:
         script: The program, float, prepared or converted.
         interface: How the data becomes its arguments. None: they are the data.
+        inputs: Names of the data.
         output: What a flat tuple of tensors becomes, and the leaves of it that are no tensors. None: the program gives
             its output as it is.
     """
 
     def __init__(
-        self, script: ScriptModule, interface: Interface | None, output: tuple[TreeSpec, dict[int, Any]] | None
+        self,
+        script: ScriptModule,
+        interface: Interface | None,
+        inputs: tuple[str, ...],
+        output: tuple[TreeSpec, dict[int, Any]] | None,
     ) -> None:
         super().__init__()
         self.script = script
         self.interface = interface
+        self.inputs = inputs
         self.output = output
 
-    def forward(self, *data: Any) -> Any:
-        """What the program gives for ``data``."""
+    def forward(self, *data: Any, **named: Any) -> Any:
+        """What the program gives for the data, by position or name."""
+        data = (*data, *(named.pop(name) for name in self.inputs[len(data) :] if name in named))
+        if len(data) != len(self.inputs) or named:
+            raise TypeError(f"takes {', '.join(self.inputs)}; was given {len(data)} of them and {sorted(named)}")
         if self.interface is not None:
             args, kwargs = self.interface.rebuild(data)
             return plain(self.script(*args, **kwargs))
@@ -80,19 +89,20 @@ def _without_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-def trace_program(module: nn.Module, data: tuple[Any, ...]) -> Program:
-    """``module``, which takes the data by position, traced by ``torch.jit.trace`` on ``data``.
+def trace_program(module: nn.Module, interface: Interface, call: Call) -> Program:
+    """``module``, which takes the data of ``call`` by position, traced by ``torch.jit.trace``.
 
     Raises:
         CaptureError: It cannot be traced, or a trace would have a decision of this call for good.
     """
     flat = _Flat(module).eval()
+    data = copy.deepcopy(interface.flatten(call.args, call.keywords))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", torch.jit.TracerWarning)
         torch.jit.TracerWarning.ignore_lib_warnings()  # the checks of shapes in torch.nn
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]), _without_fast_path():
-                script = torch.jit.trace(flat, copy.deepcopy(data), check_trace=False, strict=False)
+                script = torch.jit.trace(flat, data, check_trace=False, strict=False)
         except Exception as error:  # whatever the user's code raises when it is traced
             raise CaptureError(
                 f"cannot be traced by torch.jit: {where(error)}{type(error).__name__}: {_first_line(error)}"
@@ -105,7 +115,7 @@ def trace_program(module: nn.Module, data: tuple[Any, ...]) -> Program:
             f"a trace would keep what this call decided: {warning.filename}:{warning.lineno}: "
             f"{_first_sentence(warning.message)}. With jit='script' decisions stay."
         )
-    return Program(script, None, flat.output)
+    return Program(script, None, interface.inputs, flat.output)
 
 
 def trace_module(module: nn.Module, call: Call) -> tuple[Program, Interface]:
@@ -114,12 +124,9 @@ def trace_module(module: nn.Module, call: Call) -> tuple[Program, Interface]:
     Raises:
         CaptureError: It cannot be traced, decides by its data, or changes itself.
     """
-    interface, _ = _interface(module, call)
-    data = interface.flatten(call.args, call.keywords)
+    interface, returns = _interface(module, call)
     positional = Positional(module, interface)
-    # twice: what a module keeps for its next call is often no attribute before the first
-    program = without_changes(module, lambda: trace_program(positional, data))
-    return program, interface
+    return without_changes(module, lambda: trace_program(positional, interface, call)), returns
 
 
 def script_module(module: nn.Module, call: Call) -> tuple[Program, Interface]:
@@ -130,7 +137,7 @@ def script_module(module: nn.Module, call: Call) -> tuple[Program, Interface]:
     """
     interface, returns = _interface(module, call)
     if isinstance(module, ScriptModule):
-        return Program(module, interface, None), returns
+        return Program(module, interface, interface.inputs, None), returns
     _leave_fast_path(module)
     try:
         with torch.random.fork_rng(devices=[]):
@@ -140,7 +147,26 @@ def script_module(module: nn.Module, call: Call) -> tuple[Program, Interface]:
         raise CaptureError(
             f"cannot be scripted: {_place(error)}{type(error).__name__}: {_first_line(error)}"
         ) from error
-    return Program(script, interface, None), returns
+    _fix_settings(script, interface)
+    return Program(script, interface, interface.inputs, None), returns
+
+
+def _fix_settings(script: Any, interface: Interface) -> None:
+    """Let the settings of the call be constants, so that branches on them which no call takes are gone."""
+    graph = script._c._get_method("forward").graph
+    known = {
+        argument.debugName().partition(".")[0]: argument
+        for argument in graph.inputs()
+        if argument.type().kind() != "ClassType"
+    }
+    first = next(iter(graph.nodes()), None)
+    for name, value in interface.constants.items():
+        if name not in known or first is None or not (value is None or isinstance(value, (bool, int, float, str))):
+            continue
+        with graph.insert_point_guard(first):
+            known[name].replaceAllUsesWith(graph.insertConstant(value))
+    torch._C._jit_pass_constant_propagation(graph)
+    torch._C._jit_pass_dce(graph)
 
 
 def _interface(module: nn.Module, call: Call) -> tuple[Interface, Interface]:

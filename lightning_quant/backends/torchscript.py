@@ -44,7 +44,7 @@ from lightning_quant.backends.graph import (
 from lightning_quant.backends.scripting import TRACED, Program, script_module, trace_module, trace_program
 from lightning_quant.backends.tracing import Traced, trace
 from lightning_quant.config import Method, QuantConfig, resolve
-from lightning_quant.errors import CaptureError, ExportError
+from lightning_quant.errors import CalibrationError, CaptureError, ExportError
 from lightning_quant.fusion import FusedGroup, fuse
 from lightning_quant.qconfig import (
     CONV_TRANSPOSES,
@@ -55,6 +55,7 @@ from lightning_quant.qconfig import (
     qconfig_mapping,
     weight_range,
 )
+from lightning_quant.scripted import program_of
 
 #: Name of a module -> its qconfig; None: it stays float. A module without an entry has that of the one it is in.
 Entries = dict[str, QConfig | None]
@@ -98,6 +99,7 @@ def prepare(model: nn.Module, config: QuantConfig, method: Method, example: Call
         CaptureError: ``model`` cannot be traced or scripted, or a trace would keep a decision for good.
     """
     asked, config = config, resolve(config)
+    model = program_of(model)
     with working(config):
         plan = _of_graph if config.jit == "trace" and not isinstance(model, ScriptModule) else _of_modules
         try:
@@ -107,13 +109,20 @@ def prepare(model: nn.Module, config: QuantConfig, method: Method, example: Call
         insert = prepare_dynamic_jit if method == "dynamic" else prepare_jit
         with engine(made.known.config.engine):
             script = insert(made.program.script, made.entries)
-    program = Program(script, made.program.interface, made.program.output)
-    return with_info(program.eval(), made.known)
+    return with_info(_with_script(made.program, script), made.known)
+
+
+def _with_script(program: Any, script: ScriptModule) -> Program:
+    """``program`` with another script in it."""
+    return Program(script, program.interface, program.inputs, program.output).eval()
 
 
 def _twin(model: nn.Module) -> nn.Module:
     with torch.no_grad():  # else the parameters in a copy of a ScriptModule have a history
-        return twin_of(model, share=False).eval().requires_grad_(False)
+        twin = twin_of(model, share=False).eval()
+    for parameter in twin.parameters():
+        parameter.requires_grad_(False)
+    return twin
 
 
 @dataclass(frozen=True)
@@ -196,9 +205,8 @@ def _of_graph(
         traced = replace(traced, float_layers=traced.float_layers | plan.float_layers)
         narrow = plan.narrow if asked.reduce_range is None else narrow
     graph_module, groups, entries = _marked(traced, _QConfigs(config, method), narrow, between)
-    data = traced.interface.flatten(example.args, example.keywords)
     try:
-        program = trace_program(graph_module, data)
+        program = trace_program(graph_module, traced.interface, example)
     except CaptureError as error:
         raise _NotOneGraph(str(error)) from error
     known = Prepared(
@@ -311,15 +319,17 @@ def _of_modules(
         config=config,
         method=method,
         interface=interface,
-        replaced=tuple(
-            dict.fromkeys(
-                [*(n for n, _ in model.named_children()), *(n for n, _ in model.named_parameters(recurse=False)),
-                 *(n for n, _ in model.named_buffers(recurse=False))]
-            )
-        ),
+        replaced=_parts_of(model),
         float_layers=plan.float_layers | _recurrent_reasons(root, method),
-    )  # fmt: skip
+    )
     return _Made(program, known, entries)
+
+
+def _parts_of(model: nn.Module) -> tuple[str, ...]:
+    if isinstance(model, ScriptModule):
+        return ("script",)  # of the ScriptedChild that stands for it
+    parts = (model.named_children(), model.named_parameters(recurse=False), model.named_buffers(recurse=False))
+    return tuple(name for group in parts for name, _ in group)
 
 
 def _by_kind(
@@ -364,8 +374,13 @@ def _by_kind(
 
 def _plan_of_modules(model: nn.Module, config: QuantConfig) -> kernels.Plan:
     if isinstance(model, ScriptModule):
-        # its layers do not tell their settings: fbgemm has a kernel for most, and is right with 7 bits
-        return kernels.Plan("fbgemm" if config.engine == "x86" else config.engine, frozenset(), {})
+        # Its layers do not tell their settings, so that kernels cannot be asked about them. Those of fbgemm are right
+        # with 7 bits, but for transposed convolutions.
+        kinds = {name: getattr(part, "original_name", "") for name, part in model.named_modules()}
+        transposed = {kind.__name__ for kind in CONV_TRANSPOSES}
+        reason = "it was scripted before, and does not tell which int8 kernel would run it"
+        floats = {name: reason for name, kind in kinds.items() if kind in transposed}
+        return kernels.Plan("fbgemm" if config.engine == "x86" else config.engine, frozenset(), floats)
     return kernels.plan_modules(model, config, weight_range(config)[1], config.skip)
 
 
@@ -407,6 +422,12 @@ def convert(prepared: nn.Module, kept: dict[str, nn.Module] | None = None) -> Pr
     """
     # the ranges of dynamic weights are taken while they are converted
     if info(prepared).method != "dynamic" and (unseen := _unseen(prepared)):
+        if len(unseen) < len(_observers(prepared)):
+            raise CalibrationError(
+                f"{len(unseen)} observers saw no data (the first: {unseen[0]}), others did: they stand in a branch "
+                "that no calibration data took, and there are no ranges to quantize it with. Calibrate with data that "
+                "takes every branch, or leave the part with the branch in float with QuantConfig(skip=...)."
+            )
         raise unseen_error(unseen)
     return _converted(prepared)
 
@@ -421,19 +442,21 @@ def _converted(prepared: nn.Module) -> Program:
         part.__dict__.pop("training", None)
         if not part._c.hasattr("training"):  # a finished program has no modes left, and Lightning asks for them
             part._c._register_attribute("training", torch._C.BoolType.get(), False)
-    return with_info(Program(script, twin.interface, twin.output).eval(), known)
+    return with_info(_with_script(twin, script), known)
 
 
 def _unseen(prepared: Any) -> list[str]:
     """The observers of a prepared program that saw no data. TorchScript keeps their buffers, not their classes."""
-    names = []
-    for name, module in prepared.script.named_modules():
-        low = getattr(module, "min_val", None)
-        if not name.rpartition(".")[2].startswith("_observer_") or low is None:
-            continue
-        if low.numel() == 0 or bool(torch.isinf(low).any()):
-            names.append(name)
-    return names
+    return [name for name, low in _observers(prepared).items() if low.numel() == 0 or bool(torch.isinf(low).any())]
+
+
+def _observers(prepared: Any) -> dict[str, torch.Tensor]:
+    """Name of each observer -> the least value that it saw."""
+    return {
+        name: module.min_val
+        for name, module in prepared.script.named_modules()
+        if name.rpartition(".")[2].startswith("_observer_") and hasattr(module, "min_val")
+    }
 
 
 def reference(prepared: nn.Module, kept: dict[str, nn.Module] | None = None) -> fx.GraphModule:

@@ -28,6 +28,7 @@ from lightning_quant.arguments import Call, Interface, signature_of
 from lightning_quant.backends.rewriting import Opaque, rewrite
 from lightning_quant.backends.written_out import expose_batch_norms, is_written_out, written_out
 from lightning_quant.errors import CaptureError, where
+from lightning_quant.scripted import is_scripted
 from lightning_quant.structures import Shape, is_setting, plain, shape_of
 
 
@@ -293,6 +294,8 @@ def trace(root: nn.Module, call: Call, *, training: bool = False) -> Traced:
         CaptureError: The code of ``root.forward`` itself cannot be traced, or does other things in training than in
             evaluation.
     """
+    if is_scripted(root):
+        raise CaptureError("it is scripted already: backend='torchscript' quantizes it as it is")
     modes = {module: module.training for module in root.modules()}
     with expose_batch_norms(root) as exposed:
         traced = _trace_with_modes(root, call, training, modes)
