@@ -8,6 +8,7 @@ ours (scripted, or traced where torch.fx cannot) is quantized by the kinds of it
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.jit import ScriptModule
+from torch.nn import functional as F
 
 from lightning_quant._torch_ao import (
     FusedModule,
@@ -175,15 +177,23 @@ class _QConfigs:
 class Operator(nn.Module):
     """One operator of a graph as a module, so that it has a name: torch.ao's passes are told what to do by name."""
 
-    def __init__(self, target: Any) -> None:
+    def __init__(self, target: Any, *, relu: bool = False) -> None:
         super().__init__()
         self.target = target
+        self.relu = relu
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The function, or the method of the first argument."""
+        """The function, or the method of the first argument, and then a ReLU if there is one."""
         if isinstance(self.target, str):
-            return getattr(args[0], self.target)(*args[1:], **kwargs)
-        return self.target(*args, **kwargs)
+            output = getattr(args[0], self.target)(*args[1:], **kwargs)
+        else:
+            output = self.target(*args, **kwargs)
+        return F.relu(output) if self.relu else output
+
+
+#: Operators of which torch has a kernel with a ReLU in it, and the ReLUs.
+_WITH_RELU = (operator.add, torch.add, operator.iadd, operator.mul, torch.mul, operator.imul)
+_RELUS = (nn.ReLU, F.relu, torch.relu, "relu")
 
 
 def _of_graph(
@@ -244,8 +254,9 @@ def _marked(
         graph_module, groups = fuse(graph_module, table, qconfigs.method)
         floats = islands.float_nodes(graph_module, table, left_out, none=not between)
     entries: Entries = {}
+    followed: dict[fx.Node, fx.Node] = {}
     for number, node in enumerate(list(graph_module.graph.nodes)):
-        if node.op not in ("call_function", "call_method", "call_module"):
+        if node.op not in ("call_function", "call_method", "call_module") or node in followed.values():
             continue
         if node.target is islands.in_float:
             node.target = torch.positive  # gives what it is given, and no pass of torch.ao sees past it
@@ -267,9 +278,20 @@ def _marked(
         name = str(node.target)
         if node.op != "call_module":
             name = f"operator_{number}"
-            graph_module.add_submodule(name, Operator(node.target))
+            readers = list(node.users)
+            if (
+                _in(kind, _WITH_RELU)
+                and len(readers) == 1
+                and readers[0] not in floats
+                and _in(islands.kind_of(graph_module, readers[0]), _RELUS)
+            ):
+                followed[node] = readers[0]
+            graph_module.add_submodule(name, Operator(node.target, relu=node in followed))
             node.op, node.target = "call_module", name
         entries[name] = qconfigs.of(nn.Linear)
+    for node, relu in followed.items():
+        relu.replace_all_uses_with(node)
+        graph_module.graph.erase_node(relu)
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
     return graph_module, groups, entries
