@@ -73,6 +73,7 @@ try:
     from torch.ao.quantization.quantize_fx import (
         _swap_ff_with_fxff as swap_float_functional,
     )
+    from torch.ao.quantization.quantize_jit import convert_dynamic_jit, convert_jit, prepare_dynamic_jit, prepare_jit
 except ImportError as error:  # pragma: no cover - no such torch exists yet
     raise ImportError(
         f"torch {torch.__version__} no longer has torch.ao.quantization ({error.name}). "
@@ -110,7 +111,9 @@ __all__ = [
     "QuantStub",
     "QuantizationTracer",
     "attach_node_meta",
+    "convert_dynamic_jit",
     "convert_graph",
+    "convert_jit",
     "convert_modules",
     "fuse_graph",
     "fused_quantized_modules",
@@ -124,7 +127,9 @@ __all__ = [
     "get_qnnpack_backend_config",
     "is_fake_quantize",
     "is_observer",
+    "prepare_dynamic_jit",
     "prepare_graph",
+    "prepare_jit",
     "prepare_modules",
     "prepare_modules_qat",
     "qat_conv_bn_modules",

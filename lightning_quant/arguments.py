@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_quant.errors import CaptureError
+from lightning_quant.scripted import is_scripted, program_of, signature_of_program
 from lightning_quant.structures import (
     Leaf,
     Mismatch,
@@ -46,6 +47,8 @@ class Call:
 
 def signature_of(module: nn.Module) -> inspect.Signature:
     """The signature of the class's ``forward`` without ``self``, whatever was bound to the instance."""
+    if is_scripted(module):
+        return signature_of_program(program_of(module))
     signature = inspect.signature(type(module).forward)
     return signature.replace(parameters=list(signature.parameters.values())[1:])
 

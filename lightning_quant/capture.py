@@ -7,7 +7,6 @@ submodules can be replaced by a graph without anyone noticing.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -25,6 +24,7 @@ from lightning_quant.config import LayerConfig, Method, near
 from lightning_quant.errors import CaptureError, ConfigError
 from lightning_quant.placement import is_compiled
 from lightning_quant.qconfig import EMBEDDINGS, QUANTIZABLE, WEIGHTED
+from lightning_quant.scripted import is_scripted, opened_copy
 from lightning_quant.structures import settings
 
 
@@ -124,7 +124,7 @@ def record_calls(model: nn.Module, run: Callable[[nn.Module], object]) -> dict[s
     Returns:
         For the name of each submodule whose ``forward`` ran (``""`` for the model's own), what was seen.
     """
-    twin = copy.deepcopy(model).cpu().eval()
+    twin = opened_copy(model).cpu().eval()
     running: list[str] = []
     calls: dict[str, Call] = {}
     ways: dict[str, list[str]] = {}
@@ -322,6 +322,8 @@ def find_targets(
                 return
             obstacles[name] = result
             reasons.update({layer: result for layer in layers if layer == name})
+        if is_scripted(module):
+            return  # its parts have no calls of their own
         visit_children(name, module, allowed)
 
     def visit_children(name: str, module: nn.Module, allowed: bool = True) -> None:

@@ -19,6 +19,7 @@ from lightning_quant._roots import root_of
 from lightning_quant.attachment import detach, unbind
 from lightning_quant.errors import CalibrationError
 from lightning_quant.placement import restore, uncompile
+from lightning_quant.scripted import opened_copy
 
 #: Hooks that build or tear down the user's module: the copy is built already, and building it again would undo what was
 #: put in (``setup`` that makes the layers, ``configure_callbacks`` that brings our own callback again).
@@ -61,7 +62,7 @@ def validation_data(trainer: Any) -> ValidationData | None:
 
 def copy_of(module: Any) -> Any:
     """A copy of a LightningModule that can be validated: on the CPU, in eval mode, float, without what we put on it."""
-    twin = copy.deepcopy(module)
+    twin: Any = opened_copy(module)
     forget(twin)
     detach(twin)
     unbind(twin)

@@ -472,6 +472,12 @@ def _coverage(quantized: Quantized, captured: Capture, sample: Sample, parts: li
         for name, graph in quantized.converted.items()
         for layer, reason in info(graph).float_layers.items()
     }
+    # a program does not tell which of its layers ran
+    inside = {
+        place: "; ".join(f"{layer}: {reason}" for layer, reason in info(quantized.converted[name]).float_layers.items())
+        for place, name in places.items()
+        if any(isinstance(part, torch.jit.ScriptModule) for part in quantized.converted[name].modules())
+    }
     renamed = []
     for row in found.rows:
         name = row.name
@@ -479,6 +485,7 @@ def _coverage(quantized: Quantized, captured: Capture, sample: Sample, parts: li
             if name == place or name.startswith(place + "."):
                 inner = name[len(place) + 1 :]
                 name = ".".join(x for x in (target, "" if inner == LAYER else inner) if x) or "forward"
-        reason = row.reason if row.int8 else known.get(name, captured.float_layers.get(name, row.reason))
+        own = inside.get(row.name) or row.reason
+        reason = row.reason if row.int8 else known.get(name, captured.float_layers.get(name, own))
         renamed.append(replace(row, name=name, reason=reason))
     return Coverage(tuple(renamed))

@@ -164,7 +164,7 @@ def imitate(stand_in: nn.Module, module: nn.Module) -> None:
         if not name.startswith("_") and name != "training" and is_setting(value):
             stand_in.__dict__.setdefault(name, value)
     for name in ("weight", "bias"):
-        tensor = module._parameters.get(name)
+        tensor = dict(module.named_parameters(recurse=False)).get(name)
         if tensor is not None and tensor.is_floating_point():
             empty = torch.full((), float("nan"), dtype=tensor.dtype)
             stand_in.__dict__[name] = empty.expand(tensor.shape)

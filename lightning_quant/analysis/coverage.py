@@ -213,6 +213,9 @@ def _macs(func: Any, args: tuple[Any, ...], output: Any, weights: set[int]) -> t
         return output.numel() * weight.shape[1 if func is _ATEN.linear.default else 0], False, stored
     if name in ("aten::bmm", "aten::baddbmm"):
         return output.numel() * args[-1].shape[1], False, args[-1].untyped_storage().data_ptr() in weights
+    if name == "aten::mkldnn_rnn_layer":  # an LSTM inside of a TorchScript program, layer by layer
+        steps = args[0].numel() // args[0].shape[-1]
+        return steps * (args[1].numel() + args[2].numel()), False, True
     if name == "aten::_trilinear":  # nn.Bilinear: (rows, 1, in1, 1) by (1, out, in1, in2) by (rows, 1, 1, in2)
         return output.numel() * args[1].shape[-2] * args[1].shape[-1], False, True
     if name in _ATTENTION:

@@ -146,7 +146,8 @@ def prepare_target(model: nn.Module, capture: Capture, name: str, config: QuantC
     own = replace(
         config, targets=(), skip=capture.relative_skips(target), layers=relative(capture.layers, target.name, LAYER)
     )
-    prepared = backend_of(config).prepare(model.get_submodule(name), own, method, target.call, between=target.between)
+    module = model.get_submodule(name) if name else model  # a ScriptModule has no get_submodule
+    prepared = backend_of(config).prepare(module, own, method, target.call, between=target.between)
     return named(prepared, name)
 
 

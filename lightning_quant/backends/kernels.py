@@ -225,6 +225,17 @@ def plan(graph_module: fx.GraphModule, config: QuantConfig, largest: int, skip: 
         and type(graph_module.get_submodule(str(node.target))) in _FLOAT
         and str(node.target) not in skip
     }
+    return plan_layers(layers, config, largest)
+
+
+def plan_modules(model: nn.Module, config: QuantConfig, largest: int, skip: Collection[str]) -> Plan:
+    """As :func:`plan`, for a model of which there is no graph."""
+    layers = {name: layer_of(part) for name, part in model.named_modules() if type(part) in _FLOAT and name not in skip}
+    return plan_layers(layers, config, largest)
+
+
+def plan_layers(layers: dict[str, Layer], config: QuantConfig, largest: int) -> Plan:
+    """As :func:`plan`, for these layers."""
     plans = []
     for engine in (config.engine, *(("fbgemm",) if config.engine == "x86" else ())):
         wrong = {name for name, layer in layers.items() if not is_right(engine, layer, largest)}

@@ -29,6 +29,7 @@ from lightning_quant.backends.recurrent import expose_recurrent
 from lightning_quant.backends.rewriting import Opaque, rewrite
 from lightning_quant.backends.written_out import expose_batch_norms, is_written_out, written_out
 from lightning_quant.errors import CaptureError, where
+from lightning_quant.scripted import is_scripted
 from lightning_quant.structures import Shape, is_setting, plain, shape_of
 
 
@@ -300,6 +301,8 @@ def trace(root: nn.Module, call: Call, *, training: bool = False, whole: Mapping
         CaptureError: The code of ``root.forward`` itself cannot be traced, or does other things in training than in
             evaluation.
     """
+    if is_scripted(root):
+        raise CaptureError("it is scripted already: backend='torchscript' quantizes it as it is")
     modes = {module: module.training for module in root.modules()}
     with expose_batch_norms(root) as norms, expose_recurrent(root) as recurrent:
         traced = _trace_with_modes(root, call, training, modes, dict(whole))
@@ -484,3 +487,18 @@ def _follow_mode(train: Traced, evaluation: Traced) -> tuple[str, str] | None:
         train.graph_module.add_submodule(name, module)
         node.op, node.target, node.args, node.kwargs = "call_module", name, args, kwargs
     return None
+
+
+def without_changes(root: nn.Module, run: Callable[[], Any]) -> Any:
+    """What ``run`` gives, which calls ``root``.
+
+    Raises:
+        CaptureError: A module changed itself by it. What it changed is put back.
+    """
+    before = {name: (m, _state_of(m)) for name, m in root.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
+    try:
+        return run()
+    finally:
+        changes = {name: changed for name, (part, state) in before.items() if (changed := _put_back(part, state))}
+        for name, changed in changes.items():
+            raise CaptureError(f"{name + ': ' if name else ''}{_carries(changed)}")
