@@ -242,6 +242,8 @@ def _macs(func: Any, args: tuple[Any, ...], output: Any, weights: set[int]) -> t
         return output.numel() * weight.shape[1 if func is _ATEN.linear.default else 0], False, stored
     if name in ("aten::bmm", "aten::baddbmm"):
         return output.numel() * args[-1].shape[1], False, args[-1].untyped_storage().data_ptr() in weights
+    if name == "aten::mkldnn_rnn_layer":  # of exported graphs: every step meets the weights of all gates
+        return args[0].numel() // args[0].shape[-1] * (args[1].numel() + args[2].numel()), False, True
     if name == "aten::_trilinear":  # nn.Bilinear: (rows, 1, in1, 1) by (1, out, in1, in2) by (rows, 1, 1, in2)
         return output.numel() * args[1].shape[-2] * args[1].shape[-1], False, True
     if name in _ATTENTION:

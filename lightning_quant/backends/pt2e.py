@@ -74,6 +74,11 @@ def prepare(
         prepare_graph = names.prepare_qat_pt2e if training else names.prepare_pt2e
         prepared = prepare_graph(graph_module, quantizer(chosen, config, method))
         _allow_modes(prepared)
+        for node in prepared.graph.nodes:
+            # they name nodes of this graph, and convert_pt2e would look for them in a copy of it
+            node.meta.pop(names.Q_ANNOTATION_KEY, None)
+            if node.op == "call_module" and "val" not in node.meta:  # observers give what they take
+                node.meta["val"] = node.args[0].meta["val"]
         prepared.train(training)
         weights = observe_weights(prepared)
     known = Prepared(

@@ -103,7 +103,8 @@ def export(target: nn.Module, example: Call, *, training: bool) -> Exported:
         if training:
             _evaluated(copy.deepcopy(target).train(), interface, data)
             target.train()
-        program = _export(_Root(target, interface), data, shapes)
+        with _plain_momentum(target):
+            program = _export(_Root(target, interface), data, shapes)
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -154,6 +155,22 @@ def _written_out() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def _plain_momentum(target: nn.Module) -> Iterator[None]:
+    """A cumulative average (``momentum=None``) computes with the count of batches, which would be data of a graph.
+
+    It matters in training alone, where the module itself is called.
+    """
+    cumulative: list[Any] = [m for m in target.modules() if isinstance(m, _BATCH_NORM) and m.momentum is None]
+    for module in cumulative:
+        module.momentum = 0.1
+    try:
+        yield
+    finally:
+        for module in cumulative:
+            module.momentum = None
 
 
 @contextmanager
