@@ -157,6 +157,10 @@ class Pt2Artifact(_Loaded):
 
 def _load_pt2(path: Path) -> Pt2Artifact:
     try:
+        with zipfile.ZipFile(path) as archive:
+            # of an archive that was cut off, zipfile finds one that was stored in it
+            if not any(name.endswith("archive_format") for name in archive.namelist()):
+                raise zipfile.BadZipFile("it has no archive_format")
         metadata = _metadata_in_archive(path)
         with quiet():
             program = torch.export.load(path).module(check_guards=False)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +12,20 @@ import pytest
 import torch
 from models import Block, Mlp, Residual
 from modules import Classifier, Digits, convnet, trainer, weights
-
 from torch import nn
 from torch.nn import functional as F
 
 from lightning_quant import (
+    ArtifactError,
     CaptureError,
     ConfigError,
     ExportConfig,
+    MissingExtraError,
     PostTrainingQuantization,
     QuantConfig,
     QuantizationAwareTraining,
     TensorSpec,
+    _torch_ao,
     convert,
     coverage,
     export,
@@ -30,12 +34,15 @@ from lightning_quant import (
 )
 from lightning_quant._torch_ao import is_fake_quantize
 from lightning_quant.analysis.sqnr import sqnr_db
-from lightning_quant.backends.graph import followers, info, link, observers, sees_weights
+from lightning_quant.arguments import Call
+from lightning_quant.backends import pt2e
+from lightning_quant.backends.graph import followers, info, is_graph, link, observers, sees_weights
 from lightning_quant.phases import freeze_batch_norm, load_observer_state, observer_state, set_observing
 
 pytest.importorskip("torchao", reason="torchao is not installed: pip install 'lightning-quant[pt2e]'")
 
 PT2E = QuantConfig(backend="pt2e")
+ONE_SCALE = QuantConfig(backend="pt2e", weight=TensorSpec(qscheme="per_tensor_symmetric"))
 
 
 class Functions(nn.Module):
@@ -178,7 +185,9 @@ def test_dynamic_quantizes_linear_layers(net: str) -> None:
         assert sqnr_db(model(example), converted(example)) > 30
     assert {row.int8 for row in coverage(converted, example).rows if row.weighted and "rnn" not in row.op} == {True}
     if net == "tagger":
-        assert info(converted).float_layers == {"lstm": "torchao has no int8 form of recurrent layers: use backend='fx'"}
+        assert info(converted).float_layers == {
+            "lstm": "torchao has no int8 form of recurrent layers: use backend='fx'"
+        }
 
 
 # ---- training
@@ -191,7 +200,9 @@ def _switched_off(prepared: Any) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("config", [PT2E, QuantConfig(backend="pt2e", weight=TensorSpec(qscheme="per_tensor_symmetric"))])
+@pytest.mark.parametrize(
+    "config", [PT2E, QuantConfig(backend="pt2e", weight=TensorSpec(qscheme="per_tensor_symmetric"))]
+)
 def test_without_fake_quantize_the_graph_is_the_model(training: bool, config: QuantConfig) -> None:
     model = settled(Odd(), IMAGES)
     twin = copy.deepcopy(model).double()
@@ -219,10 +230,9 @@ def test_without_fake_quantize_the_graph_is_the_model(training: bool, config: Qu
 
 
 def test_a_batch_norm_of_zeros_gives_no_nan() -> None:
-    for qscheme in ("per_channel_symmetric", "per_tensor_symmetric"):
+    for config in (PT2E, ONE_SCALE):
         model = settled(Block(4), torch.randn(2, 4, 8, 8))
         nn.init.zeros_(model.bn2.weight)
-        config = QuantConfig(backend="pt2e", weight=TensorSpec(qscheme=qscheme))  # type: ignore[arg-type]
         example = torch.randn(2, 4, 8, 8)
         prepared: Any = prepare(model, config, method="qat", example_inputs=example)
         prepared.train()(example).square().mean().backward()
@@ -230,6 +240,285 @@ def test_a_batch_norm_of_zeros_gives_no_nan() -> None:
         assert model.bn2.weight.grad.abs().sum() > 0
         assert convert(prepared)(example).isfinite().all()
 
+
+def test_frozen_batch_norms_stay_frozen() -> None:
+    model = settled(Residual(), IMAGES)
+    prepared: Any = prepare(model, PT2E, method="qat", example_inputs=IMAGES)
+    link(prepared, model)
+    model.train()
+    prepared.train()
+    model.blocks[0].bn1.eval()  # type: ignore[union-attr]
+    before = {name: x.clone() for name, x in model.named_buffers()}
+    prepared(IMAGES)
+    moved = {name.rpartition(".")[0] for name, x in model.named_buffers() if not torch.equal(x, before[name])}
+    assert moved == {"bn", "blocks.0.bn2", "blocks.1.bn1", "blocks.1.bn2"}
+    assert len(freeze_batch_norm(prepared)) == 4
+    before = {name: x.clone() for name, x in model.named_buffers()}
+    prepared(IMAGES)
+    assert all(torch.equal(x, before[name]) for name, x in model.named_buffers())
+
+
+class Activated(nn.BatchNorm2d):
+    """Does more than its base class, as timm's ``BatchNormAct2d`` does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(super().forward(x))
+
+
+def test_a_batch_norm_of_another_class_is_followed() -> None:
+    model = settled(nn.Sequential(nn.Conv2d(3, 4, 3), Activated(4, eps=1e-2), nn.Conv2d(4, 4, 3)), IMAGES)
+    prepared: Any = prepare(model, PT2E, method="qat", example_inputs=IMAGES)
+    link(prepared, model)
+    assert [(type(a), b) for a, b in followers(prepared, model)] == [(nn.BatchNorm2d, model[1])]  # type: ignore[index]
+    prepared.train()(IMAGES)
+    assert prepared.get_buffer("1.running_mean") is model.get_buffer("1.running_mean")
+    assert model.get_buffer("1.num_batches_tracked") == 21
+    prepared.eval()
+    with torch.no_grad():
+        assert sqnr_db(model.eval()(IMAGES), convert(prepared)(IMAGES)) > 25
+
+
+def test_a_linked_graph_uses_the_buffers_of_the_model_also_after_a_move() -> None:
+    model = settled(Residual(), IMAGES)
+    prepared: Any = prepare(model, PT2E, method="qat", example_inputs=IMAGES)
+    link(prepared, model)
+    assert prepared.bn is model.bn
+    model.double().float()  # new tensors in the place of the buffers, as on another device
+    link(prepared, model)
+    for name, buffer in prepared.named_buffers():
+        if not any(name.startswith(f"{observer}.") for observer in observers(prepared)):
+            assert buffer is model.get_buffer(name)
+
+
+def test_a_copy_trains_alone() -> None:
+    model = settled(Functions(), IMAGES)
+    prepared: Any = prepare(model, PT2E, method="qat", example_inputs=IMAGES)
+    twin = copy.deepcopy(prepared)
+    before = copy.deepcopy(prepared.state_dict())
+    twin.train()(IMAGES).sum().backward()
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(x, before[name]) for name, x in prepared.state_dict().items())
+    assert twin.train() is twin
+
+
+def test_observers_are_found_frozen_and_restored() -> None:
+    model = settled(Residual(), IMAGES)
+    prepared: Any = prepare(model, PT2E, method="qat", example_inputs=IMAGES)
+    kinds = {name: sees_weights(prepared, name) for name in observers(prepared)}
+    assert sum(kinds.values()) == 6  # layers with weights
+    assert all(is_fake_quantize(module) for module in observers(prepared).values())
+    set_observing(prepared, activations=False, weights=True)
+    for name, module in observers(prepared).items():
+        assert bool(module.observer_enabled) == sees_weights(prepared, name)  # type: ignore[arg-type]
+    set_observing(prepared, activations=True, weights=True)
+    prepared(IMAGES)
+    state = observer_state(prepared)
+    other: Any = prepare(model, PT2E, method="qat", example_inputs=IMAGES)
+    load_observer_state(other, state)
+    assert all(torch.equal(x, state[name]) for name, x in observer_state(other).items())
+    prepared.eval()
+    with torch.no_grad():
+        set_observing(prepared, activations=False, weights=False)
+        set_observing(other.eval(), activations=False, weights=False)
+        assert torch.equal(prepared(IMAGES), other(IMAGES))
+
+
+# ---- what cannot be one graph
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        if x.sum() > 0:
+            return x
+        return self.second(x)
+
+
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.fc(x) * self.calls
+
+
+class Averages(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.fc(x)
+        if self.training:
+            self.mean.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)  # type: ignore[union-attr, operator]
+        return x - self.mean  # type: ignore[operator]
+
+
+class Auxiliary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.fc(x)
+        return x * 2 if self.training else x
+
+
+def test_a_branch_on_data_is_named_and_its_parts_are_quantized() -> None:
+    with pytest.raises(CaptureError, match=r"test_pt2e\.py:\d+: \w*: .*[Dd]ata-dependent"):
+        pt2e.check(Branches(), Call((ROWS,)), "static", PT2E)
+    prepared: Any = prepare(Branches(), PT2E, method="static", example_inputs=ROWS.abs())
+    prepared(ROWS)
+    assert "first.graph" in [name for name, module in prepared.named_modules() if is_graph(module)]
+
+
+@pytest.mark.parametrize("method", ["static", "qat"])
+def test_state_is_not_baked(method: Any) -> None:
+    with pytest.raises(CaptureError, match=r"its forward changes self\.calls: it carries state from call to call"):
+        pt2e.check(Counts(), Call((ROWS,)), method, PT2E)
+
+
+def test_what_only_training_does_is_not_lost() -> None:
+    with pytest.raises(CaptureError, match=r"its forward changes self\.mean"):
+        pt2e.check(Averages(), Call((ROWS,)), "qat", PT2E)
+    with pytest.raises(CaptureError, match=r"does other things in training than in evaluation"):
+        pt2e.check(Auxiliary(), Call((ROWS,)), "qat", PT2E)
+    pt2e.check(Averages(), Call((ROWS,)), "static", PT2E)
+
+
+class Containers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.b = nn.Linear(4, 4)
+
+    def forward(self, batch: dict[str, torch.Tensor], *, scale: float = 1.0) -> dict[str, Any]:
+        a = self.a(batch["x"])
+        return {"a": a, "both": [a, self.b(batch["y"]) * scale]}
+
+
+def test_containers_go_in_and_out() -> None:
+    model = Containers().eval()
+    batch = {"x": ROWS, "y": torch.randn(4, 4)}
+    prepared: Any = prepare(model, PT2E, method="static", example_inputs={"batch": batch, "scale": 2.0})
+    prepared(batch, scale=2.0)
+    found, expected = convert(prepared)(batch, scale=2.0), model(batch, scale=2.0)
+    assert found.keys() == expected.keys()
+    assert sqnr_db(expected, found) > 30
+
+
+def test_skip_and_settings_are_respected() -> None:
+    model = settled(Residual(), IMAGES)
+    config = replace(ONE_SCALE, skip=("blocks.0",), reduce_range=True, activation=TensorSpec(observer="min_max"))
+    converted: Any = convert(calibrated(model, IMAGES, config))
+    integers = [x for x in converted.state_dict().values() if x.dtype == torch.int8]
+    assert len(integers) == 4  # of six layers
+    assert all(x.abs().max() == 63 for x in integers)
+    assert coverage(converted, IMAGES).share < 0.7
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("method", ["static", "dynamic"])
+def test_pt2_files_are_what_they_were_written_from(method: Any, tmp_path: Path) -> None:
+    model = settled(Mlp(), ROWS)
+    prepared = calibrated(model, ROWS, method=method)
+    files = export(prepared, None, ExportConfig(directory=str(tmp_path), formats=("pt2",)), ROWS)
+    loaded = load(files["pt2"])
+    converted = convert(prepared)
+    for rows in (1, 3, 64):
+        data = torch.randn(rows, 4)
+        torch.testing.assert_close(loaded(data), converted(data), rtol=0, atol=0)
+    assert loaded.eval() is loaded
+    assert {x.dtype for x in loaded.state_dict().values() if x.dim() == 2} == {torch.int8}  # no float weight is left
+    assert coverage(loaded, ROWS).share == 1.0
+
+
+def test_fx_writes_pt2_files_too(tmp_path: Path) -> None:
+    model = settled(Residual(), IMAGES)
+    prepared = calibrated(model, IMAGES, QuantConfig())
+    files = export(prepared, None, ExportConfig(directory=str(tmp_path), formats=("torchscript", "pt2")), IMAGES)
+    loaded = load(files["pt2"])
+    assert sqnr_db(load(files["torchscript"])(IMAGES), loaded(IMAGES)) > 30
+    # the same layers are int8 in both, whichever way they are written
+    rows = [coverage(x, IMAGES) for x in (convert(prepared), loaded)]
+    assert [r.share for r in rows] == [1.0, 1.0]
+    assert [r.macs for r in rows[0].rows] == [r.macs for r in rows[1].rows]
+
+
+def test_coverage_is_that_of_fx() -> None:
+    model = settled(Residual(), IMAGES)
+    ours, theirs = (
+        convert(calibrated(model, IMAGES, QuantConfig(backend=backend, skip=("blocks.1.conv2",))))  # type: ignore[arg-type]
+        for backend in ("pt2e", "fx")
+    )
+    a, b = coverage(ours, IMAGES), coverage(theirs, IMAGES)
+    assert [(row.macs, row.int8) for row in a.rows] == [(row.macs, row.int8) for row in b.rows]
+    assert 0 < a.share < 1
+
+
+@pytest.mark.parametrize("how", ["truncated", "foreign", "text"])
+def test_a_damaged_or_foreign_pt2_file_is_refused(how: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt2"
+    if how == "foreign":
+        torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.randn(1, 2),)), path)
+    elif how == "text":
+        path.write_text("not an archive")
+    else:
+        prepared = calibrated(Mlp().eval(), ROWS)
+        export(prepared, None, ExportConfig(directory=str(tmp_path), formats=("pt2",)), ROWS)
+        path.write_bytes(path.read_bytes()[:-200])
+    expected = "not written by lightning_quant" if how == "foreign" else "damaged or foreign"
+    with pytest.raises(ArtifactError, match=expected):
+        load(path)
+
+
+def test_without_torchao_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    _torch_ao.pt2e.cache_clear()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchao"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'lightning-quant\[pt2e\]'"):
+        _torch_ao.pt2e()
+    _torch_ao.pt2e.cache_clear()
+
+
+def test_another_torchao_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    _torch_ao.pt2e.cache_clear()
+    monkeypatch.setitem(_torch_ao._PT2E, "torchao.quantization.pt2e", ("NoSuchObserver",))
+    with pytest.raises(ConfigError, match=r"torchao \S+: .*NoSuchObserver.*The backend was tried with torchao 0\.18"):
+        _torch_ao.pt2e()
+    _torch_ao.pt2e.cache_clear()
+
+
+# ---- the callbacks
+
+
+def test_training_survives_sanity_check_checkpoint_and_test() -> None:
+    callback = QuantizationAwareTraining(PT2E, export=ExportConfig(formats=("pt2",)))
+    model = Classifier(convnet())
+    runner = trainer(callback, max_epochs=2, num_sanity_val_steps=2, enable_checkpointing=True)
+    runner.fit(model, datamodule=Digits())
+    assert callback.report is not None
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    # 2 epochs of training batches, and none of the sanity check or of validation
+    assert {int(m.num_batches_tracked) for m in norms} == {2 * runner.num_training_batches}  # type: ignore[arg-type]
+    path = runner.checkpoint_callback.best_model_path
+    tested = runner.test(model, datamodule=Digits(), ckpt_path=path)
+    assert tested[0].keys() == {"test_loss", "test_acc"}
+    fresh = QuantizationAwareTraining(PT2E, export=ExportConfig(formats=("pt2",)))
+    again = trainer(fresh, enable_checkpointing=True).test(Classifier(convnet()), datamodule=Digits(), ckpt_path=path)
+    assert again == tested
 
 
 def test_calibration_ends_with_a_report_and_files_that_load() -> None:
