@@ -22,7 +22,7 @@ from lightning_quant.backends.pt2e_folding import (
     observe_weights,
     store_computed_weights,
 )
-from lightning_quant.backends.pt2e_quantizer import plan, quantizer, weight_qscheme
+from lightning_quant.backends.pt2e_quantizer import plan, quantizer, spread, weight_qscheme
 from lightning_quant.config import Method, QuantConfig, resolve
 
 
@@ -122,6 +122,7 @@ def convert(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None) 
         _drop_dropout(twin)
         converted = pt2e().convert_pt2e(twin)
         _allow_modes(converted)
+        spread(converted)
         converted = _only_used(converted)
     return with_info(converted.eval(), known)
 

@@ -311,3 +311,43 @@ def weight_spec(config: QuantConfig, method: Method, axis: int | None) -> Any:
         ch_axis=axis if per_channel else None,
         observer_or_fake_quant_ctr=observer,
     )
+
+
+def spread(graph_module: fx.GraphModule) -> None:
+    """Let what moves int8 data to an int8 reader do so in int8: it is quantized before as it is after.
+
+    Runtimes fuse a layer whose result is quantized at once, and quantizing twice in the same way changes nothing.
+    """
+    quantize = torch.ops.quantized_decomposed.quantize_per_tensor.default
+    dequantize = torch.ops.quantized_decomposed.dequantize_per_tensor.default
+    constants = constants_of(graph_module)
+    graph = graph_module.graph
+
+    def computed_in_int8(node: fx.Node) -> bool:
+        """Whether all that ``node`` moves comes from int8 layers and sums."""
+        kind = kind_of(node)
+        if node.target is dequantize or weighted(node, constants) is not None or kind in _COMPUTING:
+            return True
+        return kind in VIEWS | _FUSED and all(
+            computed_in_int8(source) for source in node.all_input_nodes if kind_of(source) not in _NEUTRAL
+        )
+
+    for node in reversed(list(graph.nodes)):
+        readers = [user for user in node.users if kind_of(user) not in _NEUTRAL]
+        if kind_of(node) not in VIEWS - {"getitem"} or len(readers) != 1 or readers[0].target is not quantize:
+            continue
+        sources = [source for source in node.all_input_nodes if kind_of(source) not in _NEUTRAL]
+        # an activation is part of the kernel before it
+        fused = kind_of(node) in _FUSED and any(kind_of(source) not in VIEWS for source in sources)
+        if fused or not all(computed_in_int8(source) for source in sources):
+            continue
+        settings = readers[0].args[1:]
+        for source in sources:
+            if source.target is dequantize and source.args[1:] == settings:
+                continue
+            with graph.inserting_before(node):
+                integers = graph.call_function(quantize, (source, *settings))
+                values = graph.call_function(dequantize, (integers, *settings))
+            values.meta.update(source.meta)
+            node.replace_input_with(source, values)
+    graph_module.recompile()

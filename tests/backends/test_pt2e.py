@@ -311,7 +311,7 @@ def test_observers_are_found_frozen_and_restored() -> None:
     for name, module in observers(prepared).items():
         assert bool(module.observer_enabled) == sees_weights(prepared, name)  # type: ignore[arg-type]
     set_observing(prepared, activations=True, weights=True)
-    prepared(IMAGES)
+    prepared.eval()(IMAGES)
     state = observer_state(prepared)
     other: Any = prepare(model, PT2E, method="qat", example_inputs=IMAGES)
     load_observer_state(other, state)
@@ -321,6 +321,35 @@ def test_observers_are_found_frozen_and_restored() -> None:
         set_observing(prepared, activations=False, weights=False)
         set_observing(other.eval(), activations=False, weights=False)
         assert torch.equal(prepared(IMAGES), other(IMAGES))
+
+
+class Pooled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 4, 3, padding=1)
+        self.b = nn.Conv2d(3, 4, 3, padding=1)
+        self.c = nn.Conv2d(8, 4, 3)
+        self.fc = nn.Linear(36, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([F.relu(self.a(x)), self.b(x)], 1)
+        return self.fc(F.gelu(self.c(F.pad(F.max_pool2d(x, 2), [0, 1, 0, 1]))).flatten(1))
+
+
+def test_operators_that_move_data_run_in_int8_and_change_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = calibrated(Pooled().eval(), IMAGES)
+    converted: Any = convert(prepared)
+    quantize = torch.ops.quantized_decomposed.quantize_per_tensor.default
+    sources = [node.args[0].target for node in converted.graph.nodes if node.target is quantize]
+    aten = torch.ops.aten
+    # both convolutions, the first with its ReLU, write int8, and so does all that stands before the third
+    for target in (aten.relu.default, aten.conv2d.default, aten.cat.default, aten.max_pool2d.default):
+        assert target in sources, target
+    assert aten.flatten.using_ints in sources
+    assert aten.gelu.default not in sources  # its result is only moved: there is nothing in int8 before it
+    monkeypatch.setattr(pt2e, "spread", lambda graph_module: None)
+    with torch.no_grad():
+        assert torch.equal(convert(prepared)(IMAGES), converted(IMAGES))
 
 
 # ---- what cannot be one graph
