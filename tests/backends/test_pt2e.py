@@ -530,6 +530,53 @@ def test_another_torchao_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     _torch_ao.pt2e.cache_clear()
 
 
+# ---- known architectures
+
+
+def _unsettled(name: str) -> nn.Module:
+    """With random weights and ten steps of its own momentum: what its layers read is as small as 4e-4."""
+    torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed: pip install torchvision")
+    model: nn.Module = getattr(torchvision.models, name)(weights=None).train()
+    with torch.no_grad():
+        for _ in range(10):
+            model(torch.randn(16, 3, 96, 96))
+    return model.eval()
+
+
+@pytest.mark.torchvision
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mobilenet_v3_small"])
+def test_architectures_of_torchvision(name: str) -> None:
+    model, example = _unsettled(name), torch.randn(8, 3, 96, 96)
+    converted = convert(calibrated(model, example))
+    with torch.no_grad():
+        assert sqnr_db(model(example), converted(example)) > 25
+    assert coverage(converted, example).share == 1.0
+
+
+@pytest.mark.torchvision
+@pytest.mark.slow
+def test_small_activations_have_all_levels() -> None:
+    """The smallest scale of torchao's x86 configuration is 2**-12: below 255 * 2**-12 = 0.06 it leaves levels out."""
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+        X86InductorQuantizer,
+        get_default_x86_inductor_quantization_config,
+    )
+
+    model, example = _unsettled("mobilenet_v3_small"), torch.randn(8, 3, 96, 96)
+    program = torch.export.export(
+        model, (example[:2],), dynamic_shapes=({0: torch.export.Dim("b", min=2)},), strict=True
+    )
+    quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
+    stock = prepare_pt2e(program.module(), quantizer)
+    with torch.no_grad():
+        stock(example)
+        by_torchao = sqnr_db(model(example), convert_pt2e(stock)(example))
+        ours = sqnr_db(model(example), convert(calibrated(model, example))(example))
+    assert by_torchao < 25 < ours
+
+
 # ---- the callbacks
 
 
