@@ -1,4 +1,4 @@
-"""Every import from ``torch.ao`` that upstream may delete. Nobody else in the package imports torch.ao.
+"""Every import from ``torch.ao`` and torchao that upstream may delete. Nobody else in the package imports them.
 
 ``torch.ao.quantization`` announces its removal on import of some names and on every call of others. What is
 suppressed here is that announcement alone, and the one about quantized tensor dtypes: see :func:`quiet`.
@@ -7,11 +7,18 @@ suppressed here is that announcement alone, and the one about quantized tensor d
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
+import logging
 import sys
 import warnings
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import torch
+
+from lightning_quant.errors import ConfigError, MissingExtraError
 
 try:
     import torch.ao.nn.intrinsic.qat as qat_conv_bn_modules
@@ -132,6 +139,7 @@ __all__ = [
     "prepare_jit",
     "prepare_modules",
     "prepare_modules_qat",
+    "pt2e",
     "qat_conv_bn_modules",
     "qat_layer_modules",
     "quantized_modules",
@@ -155,6 +163,60 @@ def is_observer(module: object) -> bool:
 def _torchao_classes(*names: str) -> tuple[type, ...]:
     pt2e = sys.modules.get("torchao.quantization.pt2e")  # who made an object of one has imported it
     return tuple(getattr(pt2e, name) for name in names) if pt2e is not None else ()
+
+
+#: What the pt2e backend takes from torchao, by the module that has it.
+_PT2E: dict[str, tuple[str, ...]] = {
+    "torchao.quantization.pt2e": (
+        "FakeQuantize",
+        "FakeQuantizeBase",
+        "FusedMovingAvgObsFakeQuantize",
+        "HistogramObserver",
+        "MinMaxObserver",
+        "MovingAverageMinMaxObserver",
+        "MovingAveragePerChannelMinMaxObserver",
+        "ObserverBase",
+        "PerChannelMinMaxObserver",
+        "PlaceholderObserver",
+    ),
+    "torchao.quantization.pt2e.quantize_pt2e": ("convert_pt2e", "prepare_pt2e", "prepare_qat_pt2e"),
+    "torchao.quantization.pt2e.quantizer": ("QuantizationAnnotation", "QuantizationSpec", "Quantizer"),
+    "torchao.quantization.pt2e.quantizer.quantizer": ("Q_ANNOTATION_KEY",),
+}
+#: The versions that the pt2e backend was tried with.
+_PT2E_VERSIONS = "0.18"
+
+
+@functools.cache
+def pt2e() -> Any:
+    """The names of torchao that the pt2e backend works with, as attributes.
+
+    Imported when first asked for: the other backends work without torchao, and its import takes two seconds.
+
+    Raises:
+        MissingExtraError: torchao is not installed.
+        ConfigError: The torchao that is installed does not have one of the names.
+    """
+    found: dict[str, Any] = {}
+    logger = logging.getLogger("torch.utils._pytree")  # what torchao registers there is announced as deprecated
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        for module, names in _PT2E.items():
+            loaded = importlib.import_module(module)
+            found.update({name: getattr(loaded, name) for name in names})
+    except (ImportError, AttributeError) as error:
+        try:
+            version = importlib.import_module("torchao").__version__
+        except ImportError:
+            raise MissingExtraError("torchao", "pt2e", "backend 'pt2e'") from error
+        raise ConfigError(
+            f"backend='pt2e' with torchao {version}: {error}. The backend was tried with torchao {_PT2E_VERSIONS}: "
+            f"pip install 'torchao=={_PT2E_VERSIONS}', or use backend='fx'."
+        ) from error
+    finally:
+        logger.setLevel(level)
+    return SimpleNamespace(**found)
 
 
 #: The announcements that a user of this package can do nothing about, by the start of their text.

@@ -6,12 +6,13 @@ float -> fake quantize with observers -> observers frozen, and independently bat
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_quant._torch_ao import FakeQuantizeBase
-from lightning_quant.backends.graph import observers
+from lightning_quant._torch_ao import is_fake_quantize
+from lightning_quant.backends.graph import observers, sees_weights
 from lightning_quant.errors import ConfigError
 
 
@@ -77,9 +78,10 @@ class Schedule:
 
 def set_observing(prepared: nn.Module, *, activations: bool, weights: bool) -> None:
     """Let the fake quantizes of activations and of weights follow what they see, or not."""
+    module: Any
     for name, module in observers(prepared).items():
-        if isinstance(module, FakeQuantizeBase):
-            wanted = weights if name.endswith("weight_fake_quant") else activations
+        if is_fake_quantize(module):
+            wanted = weights if sees_weights(prepared, name) else activations
             module.enable_observer() if wanted else module.disable_observer()
 
 

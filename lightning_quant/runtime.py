@@ -28,7 +28,7 @@ def load(path: str | Path) -> nn.Module:
     """The model in a file that this package wrote.
 
     Args:
-        path: A ``torchscript`` artifact, or an ``onnx`` one, whose name ends in ``.onnx``.
+        path: A ``torchscript`` artifact, or one whose name ends in ``.onnx`` or ``.pt2``.
 
     Returns:
         A module on the CPU in eval mode, with ``metadata``. It takes the tensors that the original took, by position
@@ -44,7 +44,8 @@ def load(path: str | Path) -> nn.Module:
     path = Path(path)
     if not path.is_file():
         raise ArtifactError(f"{path}: no such file.")
-    loaded = _load_onnx(path) if path.suffix == ".onnx" else _load_torchscript(path)
+    loader = {".onnx": _load_onnx, ".pt2": _load_pt2}.get(path.suffix, _load_torchscript)
+    loaded = loader(path)
     _check_cpu(path, loaded.metadata)
     return loaded
 
@@ -120,9 +121,7 @@ class TorchScriptArtifact(_Loaded):
 def _load_torchscript(path: Path) -> TorchScriptArtifact:
     extra = {METADATA_FILE: ""}
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if name.endswith(f"extra/{METADATA_FILE}")]
-            metadata = _metadata(path, archive.read(names[0]) if names else None)
+        metadata = _metadata_in_archive(path)
         # weights are packed for the engine that is current while they are read
         with quiet(), engine(metadata["config"]["engine"]):
             program = torch.jit.load(str(path), map_location="cpu", _extra_files=extra)
@@ -131,6 +130,47 @@ def _load_torchscript(path: Path) -> TorchScriptArtifact:
             raise
         raise ArtifactError(f"{path}: cannot be read as TorchScript, it is damaged or foreign: {error}") from error
     return TorchScriptArtifact(program, metadata).eval()
+
+
+def _metadata_in_archive(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if name.endswith(f"extra/{METADATA_FILE}")]
+        return _metadata(path, archive.read(names[0]) if names else None)
+
+
+class Pt2Artifact(_Loaded):
+    """A ``torch.export`` archive, run by torch as float arithmetic between quantize and dequantize operators."""
+
+    def __init__(self, program: nn.Module, metadata: dict[str, Any]) -> None:
+        super().__init__(metadata)
+        self.program = program
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output for its inputs, by position or by name."""
+        return self.program(*self._ordered(args, kwargs))
+
+    def train(self, mode: bool = True) -> Pt2Artifact:
+        """Nothing follows a mode: torch's exported modules refuse ``train`` and ``eval``."""
+        self.training = mode
+        return self
+
+
+def _load_pt2(path: Path) -> Pt2Artifact:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # of an archive that was cut off, zipfile finds one that was stored in it
+            if not any(name.endswith("archive_format") for name in archive.namelist()):
+                raise zipfile.BadZipFile("it has no archive_format")
+        metadata = _metadata_in_archive(path)
+        with quiet():
+            program = torch.export.load(path).module(check_guards=False)
+    except ArtifactError:
+        raise
+    except Exception as error:  # torch raises whatever the part of the archive that is wrong makes it raise
+        raise ArtifactError(
+            f"{path}: cannot be read as a torch.export archive, it is damaged or foreign: {error}"
+        ) from error
+    return Pt2Artifact(program, metadata).eval()
 
 
 class OnnxArtifact(_Loaded):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_quant._torch_ao import RECURRENT_MODULES, FusedModule
 
@@ -170,14 +171,49 @@ class _Counter(TorchDispatchMode):
         tensors = (*model.parameters(), *model.buffers())
         self.weights = {x.untyped_storage().data_ptr() for x in tensors if not x.is_quantized}
         self.found: list[tuple[str, str, int, bool, bool]] = []
+        #: What dequantize operators gave -> whether it was a stored weight. Runtimes fuse them with what reads them.
+        self.dequantized: Any = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
+        self._follow(func, args, output)
         counted = _macs(func, args, output, self.weights)
+        if counted is not None:
+            counted = self._in_qdq(func, args, counted)
         if counted is not None and not self.names.inside_recurrent:
             self.found.append((self.names.current, func._schema.name, *counted))
         return output
 
+    def _follow(self, func: Any, args: tuple[Any, ...], output: Any) -> None:
+        """Remember what was dequantized, and where it was moved to."""
+        name = func._schema.name
+        source = args[0] if args else None
+        if isinstance(source, (list, tuple)):
+            source = source[0] if source else None
+        if not isinstance(source, torch.Tensor) or not isinstance(output, torch.Tensor):
+            return
+        if name.startswith("quantized_decomposed::dequantize"):
+            self.dequantized[output] = source.untyped_storage().data_ptr() in self.weights
+        elif name in _MOVES and source in self.dequantized:
+            self.dequantized[output] = self.dequantized[source]
+
+    def _in_qdq(self, func: Any, args: tuple[Any, ...], counted: tuple[int, bool, bool]) -> tuple[int, bool, bool]:
+        """As counted, but int8 if data and weight come from dequantize operators, of which the latter is stored."""
+        macs, int8, _ = counted
+        data, weight = (args[1], args[2]) if func is _ATEN.addmm.default else args[:2]
+        if not isinstance(weight, torch.Tensor) or not self.dequantized.get(weight, False):
+            return counted
+        return macs, int8 or data in self.dequantized, True
+
+
+#: They give the values that they take: what they move was dequantized before.
+_MOVES = frozenset(
+    f"aten::{name}"
+    for name in (
+        "t", "transpose", "permute", "view", "_unsafe_view", "reshape", "clone", "expand", "unsqueeze", "squeeze",
+        "slice", "select", "alias", "detach", "constant_pad_nd", "cat", "_to_copy", "contiguous", "_reshape_alias",
+    )
+)  # fmt: skip
 
 _ATTENTION = (
     "aten::_scaled_dot_product_flash_attention_for_cpu",
@@ -213,9 +249,8 @@ def _macs(func: Any, args: tuple[Any, ...], output: Any, weights: set[int]) -> t
         return output.numel() * weight.shape[1 if func is _ATEN.linear.default else 0], False, stored
     if name in ("aten::bmm", "aten::baddbmm"):
         return output.numel() * args[-1].shape[1], False, args[-1].untyped_storage().data_ptr() in weights
-    if name == "aten::mkldnn_rnn_layer":  # an LSTM inside of a TorchScript program, layer by layer
-        steps = args[0].numel() // args[0].shape[-1]
-        return steps * (args[1].numel() + args[2].numel()), False, True
+    if name == "aten::mkldnn_rnn_layer":  # of exported graphs: every step meets the weights of all gates
+        return args[0].numel() // args[0].shape[-1] * (args[1].numel() + args[2].numel()), False, True
     if name == "aten::_trilinear":  # nn.Bilinear: (rows, 1, in1, 1) by (1, out, in1, in2) by (rows, 1, 1, in2)
         return output.numel() * args[1].shape[-2] * args[1].shape[-1], False, True
     if name in _ATTENTION:

@@ -116,11 +116,11 @@ class _Tracer(QuantizationTracer):
         args, kwargs = self.interface.rebuild(proxies)
 
         def call_root(root: nn.Module) -> Any:
-            before = _state_of(root)
+            before = state_of(root)
             written = written_out(root)
             output = written(root, *args, **kwargs) if written else root_fn(root, *args, **kwargs)
-            if changed := _put_back(root, before):
-                raise _Untraceable(_carries(changed))
+            if changed := put_back(root, before):
+                raise _Untraceable(carries(changed))
             self.returns = shape_of(output)
             return plain(output)
 
@@ -137,14 +137,14 @@ class _Tracer(QuantizationTracer):
             return super().call_module(m, forward, args, kwargs)
         written = written_out(m)
         known, depth = set(self.graph.nodes), len(self.module_stack)
-        before = _state_of(m)
+        before = state_of(m)
         try:
             output = super().call_module(m, MethodType(written, m) if written else forward, args, kwargs)
-            changed = _put_back(m, before)
-            reason = _carries(changed) if changed else ""
+            changed = put_back(m, before)
+            reason = carries(changed) if changed else ""
         except Exception as error:  # whatever the user's code raises when it is given a proxy
-            _put_back(m, before)
-            reason = f"{where(error)}{type(error).__name__}: {_first_line(error)}"
+            put_back(m, before)
+            reason = f"{where(error)}{type(error).__name__}: {first_line(error)}"
             output = None
         if not reason:
             return output
@@ -170,14 +170,14 @@ class _Tracer(QuantizationTracer):
 _State = tuple[dict[str, Any], dict[str, Any], dict[int, tuple[Any, Any]]]
 
 
-def _state_of(module: nn.Module) -> _State:
+def state_of(module: nn.Module) -> _State:
     """The attributes and buffers of ``module``, and the contents of the lists and dicts among them."""
     attributes = {k: v for k, v in module.__dict__.items() if not k.startswith("_")}
     contents = {id(v): (v, copy.copy(v)) for v in attributes.values() if type(v) in (list, dict)}
     return attributes, dict(module._buffers), contents
 
 
-def _put_back(module: nn.Module, state: _State) -> list[str]:
+def put_back(module: nn.Module, state: _State) -> list[str]:
     """The names of what ``module`` changed of itself since, which is put back."""
     attributes, buffers, contents = state
     now = {k: v for k, v in module.__dict__.items() if not k.startswith("_")}
@@ -208,7 +208,8 @@ def _unchanged(a: Any, b: Any) -> bool:
     return is_setting(a) and is_setting(b) and type(a) is type(b) and bool(a == b)
 
 
-def _carries(names: list[str]) -> str:
+def carries(names: list[str]) -> str:
+    """What to say of a forward that changes these attributes of its module."""
     return f"its forward changes self.{', self.'.join(names)}: it carries state from call to call"
 
 
@@ -278,7 +279,8 @@ def _single_layer(root: nn.Module, interface: Interface) -> Traced:
     return Traced(module, {n.name: (LAYER, type(root)) for n in graph.nodes}, interface, replaced, {LAYER: ""})
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, shortened."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else ""
 
@@ -385,10 +387,10 @@ def _checked(traced: Traced, root: nn.Module, call: Call) -> Traced | tuple[str,
             seed = torch.initial_seed()
             torch.manual_seed(seed)
             twin = copy.deepcopy(call)
-            before = {part: _state_of(part) for part in root.modules() if not isinstance(part, torch.jit.ScriptModule)}
+            before = {part: state_of(part) for part in root.modules() if not isinstance(part, torch.jit.ScriptModule)}
             expected = root(*twin.args, **twin.keywords)
             for part, state in before.items():
-                _put_back(part, state)
+                put_back(part, state)
             torch.manual_seed(seed)
             data = copy.deepcopy(traced.interface.flatten(call.args, call.keywords))
             try:
@@ -396,13 +398,13 @@ def _checked(traced: Traced, root: nn.Module, call: Call) -> Traced | tuple[str,
             except Exception as error:  # whatever the user's code raises where a module is called with other types
                 node = runner.node
                 scope = traced.scopes.get(node.name, ("", None))[0] if node is not None else ""
-                return scope, f"traced, it does not run: {type(error).__name__}: {_first_line(error)}"
+                return scope, f"traced, it does not run: {type(error).__name__}: {first_line(error)}"
             finally:
                 for part, state in before.items():
-                    _put_back(part, state)
+                    put_back(part, state)
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
-    if _agree(plain(expected), plain(found)):
+    if agree(plain(expected), plain(found)):
         loose = shape_of(found) is not None
         return replace(traced, interface=traced.interface.returning(shape_of(expected)), loose=loose)
     return "", "the graph that was traced computes something else than forward does"
@@ -419,7 +421,7 @@ def _return_plain(traced: Traced) -> None:
     traced.graph_module.recompile()
 
 
-def _agree(expected: Any, found: Any) -> bool:
+def agree(expected: Any, found: Any) -> bool:
     """Whether two outputs have one structure, and the same numbers but for rounding."""
     ours, spec = tree_flatten(expected)
     theirs, other = tree_flatten(found)
@@ -495,10 +497,10 @@ def without_changes(root: nn.Module, run: Callable[[], Any]) -> Any:
     Raises:
         CaptureError: A module changed itself by it. What it changed is put back.
     """
-    before = {name: (m, _state_of(m)) for name, m in root.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
+    before = {name: (m, state_of(m)) for name, m in root.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
     try:
         return run()
     finally:
-        changes = {name: changed for name, (part, state) in before.items() if (changed := _put_back(part, state))}
+        changes = {name: changed for name, (part, state) in before.items() if (changed := put_back(part, state))}
         for name, changed in changes.items():
-            raise CaptureError(f"{name + ': ' if name else ''}{_carries(changed)}")
+            raise CaptureError(f"{name + ': ' if name else ''}{carries(changed)}")

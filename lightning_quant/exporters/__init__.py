@@ -27,18 +27,19 @@ from lightning_quant.arguments import Captured, Interface, Positional, signature
 from lightning_quant.backends.graph import Prepared, engine, info, is_graph
 from lightning_quant.config import ExportConfig, FormatName, Method, QuantConfig, resolve_formats
 from lightning_quant.errors import ArtifactError, ConfigError, ExportError, QuantizationError
-from lightning_quant.exporters import onnx, torchscript
+from lightning_quant.exporters import onnx, pt2, torchscript
 from lightning_quant.exporters.qdq import to_qdq
 from lightning_quant.runtime import FORMAT_VERSION, load
 from lightning_quant.structures import Setting, described
 
-SUFFIXES: dict[str, str] = {"torchscript": "ts", "onnx": "onnx"}
+SUFFIXES: dict[str, str] = {"torchscript": "ts", "onnx": "onnx", "pt2": "pt2"}
 _EXPORTERS: dict[str, Callable[[nn.Module, tuple[Any, ...], Path, dict[str, Any]], Path]] = {
     "torchscript": torchscript.export,
     "onnx": onnx.export,
+    "pt2": pt2.export,
 }
 #: Formats that are made from the neutral form; the others from the converted model.
-_FROM_QDQ = ("onnx",)
+_FROM_QDQ = ("onnx", "pt2")
 #: Below this a file does not compute what it was written from (lowerings that were silently wrong gave 2 to 10 dB).
 MIN_SQNR_DB = 25.0
 #: A network that amplifies single roundings may differ by as much as it differs from itself, and a margin; not by more.
@@ -78,7 +79,7 @@ class Artifact:
     """A file that was written and checked.
 
     Attributes:
-        format: torchscript or onnx.
+        format: torchscript, onnx or pt2.
         target: Name of the target, ``""`` for the model's own forward.
         path: Where it is.
         size_bytes: Of the file.

@@ -42,7 +42,7 @@ def export(module: nn.Module, inputs: tuple[Any, ...], path: Path, metadata: dic
     shapes = dynamic_shapes(inputs, batch, metadata["free_dims"])
     try:
         with quiet(), _quiet_exporter(), torch.no_grad():
-            program = torch.export.export(_Variadic(module).eval(), inputs, dynamic_shapes=(shapes,), strict=False)
+            program = torch.export.export(Variadic(module).eval(), inputs, dynamic_shapes=(shapes,), strict=False)
             names = _flat_names(metadata["inputs"], inputs)
             written = torch.onnx.export(program, (), dynamo=True, input_names=names, verbose=False)
     except torch.onnx.errors.OnnxExporterError as error:
@@ -67,7 +67,7 @@ def export(module: nn.Module, inputs: tuple[Any, ...], path: Path, metadata: dic
     return path
 
 
-class _Variadic(nn.Module):
+class Variadic(nn.Module):
     """One signature for every program, so that the shapes of its inputs can be said in one way."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -75,6 +75,7 @@ class _Variadic(nn.Module):
         self.module = module
 
     def forward(self, *data: Any) -> Any:
+        """What the program gives."""
         return self.module(*data)
 
 
