@@ -38,7 +38,11 @@ def _on_its_own(traced: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
     buffer = io.BytesIO()
     torch.jit.save(traced, buffer)
     buffer.seek(0)
-    loaded: torch.jit.ScriptModule = torch.jit.load(buffer)
+    try:
+        loaded: torch.jit.ScriptModule = torch.jit.load(buffer)
+    except RuntimeError:
+        # torch's conversion of programs writes "dequantize" of a tuple, which it reads only once that is frozen
+        return traced
     return loaded.eval()
 
 

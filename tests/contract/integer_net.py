@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,15 +31,15 @@ class Layer:
         weight: ``(out, ...)`` integers.
         weight_scale: ``(out,)``.
         bias: ``(out,)`` floats.
-        scale: Of the output.
+        scale: Of the output; None: it stays float.
         zero_point: Of the output.
     """
 
     weight: np.ndarray
     weight_scale: np.ndarray
     bias: np.ndarray
-    scale: float
-    zero_point: int
+    scale: float | None
+    zero_point: int | None
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,8 @@ def run(net: Integers, x: np.ndarray) -> np.ndarray:
     hidden = _round(y, net.conv.scale, net.conv.zero_point) - net.conv.zero_point
     sums = hidden.reshape(len(x), -1) @ net.fc.weight.T
     out = sums * (net.conv.scale * net.fc.weight_scale) + net.fc.bias
+    if net.fc.scale is None:
+        return out
     return (_round(out, net.fc.scale, net.fc.zero_point) - net.fc.zero_point) * net.fc.scale
 
 
@@ -125,34 +126,30 @@ def _value(value: Any) -> Any:
 
 def of_qdq(program: fx.GraphModule) -> Integers:
     """Of a program with quantize and dequantize operators around float arithmetic."""
-    quantizes = [
-        tuple(n.args[1:3]) for n in program.graph.nodes if "quantize_per_tensor" in str(n.target) and _is_float_in(n)
-    ]
-    weights = [n for n in program.graph.nodes if "dequantize_per_channel" in str(n.target)]
-    biases = [_attribute(program, b) for b in _biases(program)]
+    nodes = [n for n in program.graph.nodes if any(w in str(n.target) for w in ("conv2d", "linear"))]
+    inputs = [_read_with(node.args[0]) for node in nodes]
+    outputs: list[Any] = [*inputs[1:], (None, None)]  # nothing reads the last one in int8
     layers = []
-    for node, bias, (scale, zero_point) in zip(weights, biases, quantizes[1:], strict=True):
-        integers, scales = (_attribute(program, n) for n in node.args[:2])
+    for node, (scale, zero_point) in zip(nodes, outputs, strict=True):
+        weight, scales = (_attribute(program, n) for n in node.args[1].args[:2])
+        bias = _attribute(program, node.args[2])
         layers.append(
             Layer(
-                integers.numpy().astype(np.int64),
+                weight.numpy().astype(np.int64),
                 scales.numpy().astype(np.float64),
                 bias.detach().numpy().astype(np.float64),
-                float(scale),
-                int(zero_point),
+                scale,
+                zero_point,
             )
         )
-    return Integers(float(quantizes[0][0]), int(quantizes[0][1]), *layers)
+    return Integers(*inputs[0], *layers)
 
 
-def _is_float_in(node: fx.Node) -> bool:
-    return "dequantize" not in str(node.target)
-
-
-def _biases(program: fx.GraphModule) -> Iterator[Any]:
-    for node in program.graph.nodes:
-        if any(word in str(node.target) for word in ("conv2d", "linear", "addmm")) and node.op == "call_function":
-            yield node.args[2] if "addmm" not in str(node.target) else node.args[0]
+def _read_with(node: Any) -> tuple[float, int]:
+    """Scale and zero point of the operator that dequantized what ``node`` gives, moved or not."""
+    while "dequantize_per_tensor" not in str(node.target):
+        node = node.args[0]
+    return float(node.args[1]), int(node.args[2])
 
 
 def _attribute(program: fx.GraphModule, node: Any) -> Any:

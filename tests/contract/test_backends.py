@@ -94,7 +94,7 @@ def test_a_cell(cell: tuple[Any, Any], name: str, tmp_path: Path) -> None:
 
     files = export(
         prepared,
-        export_config=ExportConfig(directory=str(tmp_path), formats=tuple(f for f in SUPPORT[cell] if f != "pt2")),
+        export_config=ExportConfig(directory=str(tmp_path), formats=SUPPORT[cell]),
         example_inputs=x,
     )
     # assert

@@ -15,6 +15,8 @@ from lightning_quant import QuantConfig, TensorSpec, convert, prepare
 from lightning_quant.backends import reference
 from lightning_quant.exporters.torchscript import freeze
 
+#: Of the largest value, where the output stays float: float32 sums of products that are exact in integers.
+STEP = 1e-5
 BACKENDS = ("fx", "eager", "torchscript", "pt2e")
 
 
@@ -50,8 +52,9 @@ def test_int8_is_exact_integer_arithmetic(backend: str, data: torch.Tensor) -> N
     net = integers(backend, int8, prepared)
     with torch.no_grad():
         found = int8(data).numpy()
-    steps = np.abs(found - integer_net.run(net, data.numpy())) / net.fc.scale
+    expected = integer_net.run(net, data.numpy())
     # kernels multiply sums by scales in float32: a value within 1e-6 of a half may be rounded to the other side
+    steps = np.abs(found - expected) / (net.fc.scale or STEP * np.abs(expected).max())
     assert steps.max() < 1.001
     assert (steps > 0.5).mean() < 0.005
 
@@ -67,18 +70,20 @@ def test_all_backends_find_the_same_qparams_and_give_the_same_answer(data: torch
         for a, b in ((first.conv, net.conv), (first.fc, net.fc)):
             assert np.array_equal(a.weight, b.weight)
             np.testing.assert_allclose(a.weight_scale, b.weight_scale, rtol=1e-6)
-            np.testing.assert_allclose((a.scale, a.zero_point), (b.scale, b.zero_point), rtol=1e-6)
+            if b.scale is not None:
+                np.testing.assert_allclose((a.scale, a.zero_point), (b.scale, b.zero_point), rtol=1e-6)
         np.testing.assert_allclose(first.input_scale, net.input_scale, rtol=1e-6)
         assert first.input_zero_point == net.input_zero_point
-        # one step of the output where a sum is within rounding of a half
+        # one step of the output where a sum is within rounding of a half; half a step to where it stays float
         steps = np.abs(output - other) / first.fc.scale
         assert steps.max() < 1.001
-        assert (steps > 0.5).mean() < 0.005
+        assert (steps > 0.501).mean() < 0.005
 
 
 def test_the_reference_can_disagree(data: torch.Tensor) -> None:
     int8, prepared = converted("fx", data)
     net = integers("fx", int8, prepared)
     wrong = Integers(net.input_scale * 1.05, net.input_zero_point, net.conv, net.fc)
+    assert net.fc.scale is not None
     steps = np.abs(integer_net.run(wrong, data.numpy()) - integer_net.run(net, data.numpy())) / net.fc.scale
     assert (steps > 0.5).mean() > 0.1
