@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -202,8 +204,9 @@ def prepare(
             return _prepare_traced(traced, config, method, narrow, between)
 
 
+@functools.cache
 def _backend_config(method: Method) -> BackendConfig:
-    """Torch's table of the patterns that its int8 kernels run."""
+    """Torch's table of the patterns that its int8 kernels run. Not to be changed: it is made once."""
     stock = get_native_backend_config()
     return qat_modules.with_own_modules(stock) if method == "qat" else stock
 
@@ -288,9 +291,10 @@ def _is_left_out(node: fx.Node, scopes: dict[str, tuple[str, type]], out: set[st
 def _count_sharing(prepared: fx.GraphModule) -> None:
     """Tell each fake quantize how many tensors share it."""
     calls = [prepared.get_submodule(str(node.target)) for node in prepared.graph.nodes if node.op == "call_module"]
+    counts = Counter(id(module) for module in calls)
     for module in calls:
         if isinstance(module, SharedFakeQuantize):
-            module.calls_per_forward = sum(1 for other in calls if other is module)
+            module.calls_per_forward = counts[id(module)]
 
 
 def _observe_weights(prepared: fx.GraphModule) -> None:
