@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from lightning_quant._torch_ao import (
     FakeQuantize,
-    HistogramObserver,
     MinMaxObserver,
     MovingAverageMinMaxObserver,
     MovingAveragePerChannelMinMaxObserver,
@@ -25,6 +24,7 @@ from lightning_quant._torch_ao import (
 )
 from lightning_quant.config import Method, QuantConfig, TensorSpec
 from lightning_quant.fake_quantize import SharedFakeQuantize
+from lightning_quant.observers import HistogramObserver
 
 CONVS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CONV_TRANSPOSES: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -14,13 +14,13 @@ from torch import nn
 from lightning_quant import QuantConfig, TensorSpec
 from lightning_quant._torch_ao import (
     FakeQuantizeBase,
-    HistogramObserver,
     MinMaxObserver,
     MovingAverageMinMaxObserver,
     MovingAveragePerChannelMinMaxObserver,
     PerChannelMinMaxObserver,
 )
 from lightning_quant.config import Method, resolve
+from lightning_quant.observers import HistogramObserver
 from lightning_quant.qconfig import FLOAT_BY_DESIGN, qconfig_mapping
 
 #: Values that float32 has: 0, and from about 1e-6 to 1e6 on both sides.
