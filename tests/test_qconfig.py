@@ -14,13 +14,13 @@ from torch import nn
 from lightning_quant import QuantConfig, TensorSpec
 from lightning_quant._torch_ao import (
     FakeQuantizeBase,
-    HistogramObserver,
     MinMaxObserver,
     MovingAverageMinMaxObserver,
     MovingAveragePerChannelMinMaxObserver,
     PerChannelMinMaxObserver,
 )
 from lightning_quant.config import Method, resolve
+from lightning_quant.observers import HistogramObserver
 from lightning_quant.qconfig import FLOAT_BY_DESIGN, qconfig_mapping
 
 #: Values that float32 has: 0, and from about 1e-6 to 1e6 on both sides.
@@ -218,3 +218,24 @@ def test_training_sees_the_grid_that_is_converted(rows: Any, kind: str, qscheme:
     # a relative 1e-5 of 127 steps cannot move a value by a step
     torch.testing.assert_close(fake.scale, scale, rtol=1e-5, atol=0)
     assert torch.equal(fake.zero_point.int(), zero_point.int())
+
+
+@pytest.mark.parametrize("method", ["static", "qat"])
+def test_a_constructor_makes_modules_that_share_nothing(method: Any) -> None:
+    first, second = (qconfig(method).activation() for _ in range(2))
+    assert type(first) is type(second)
+    assert qconfig(method).activation == qconfig(method).activation
+    assert first.state_dict().keys() == second.state_dict().keys()
+    before = {key: value.clone() for key, value in second.state_dict().items()}
+    first(torch.randn(9))
+    first.register_forward_hook(lambda *_: None)
+    after = second.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    assert not second._forward_hooks
+    assert not {id(x) for x in first.buffers()} & {id(x) for x in second.buffers()}
+    assert not {id(x) for x in first.modules()} & {id(x) for x in second.modules()}
+    # as torch makes them
+    made = qconfig(method).activation
+    plain = made.kind(**dict(made.settings))
+    assert plain.state_dict().keys() == after.keys()
+    assert plain.__dict__.keys() == second.__dict__.keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -100,8 +101,9 @@ def feasible(prepare: Callable[[bool], Graph], convert: Callable[[Graph], nn.Mod
     return Feasible(info(prepared).kept)
 
 
+@functools.cache
 def native_patterns(method: Method) -> BackendConfig:
-    """Torch's table of the patterns that its int8 kernels run."""
+    """Torch's table of the patterns that its int8 kernels run. Not to be changed: it is made once."""
     stock = get_native_backend_config()
     return qat_modules.with_own_modules(stock) if method == "qat" else stock
 

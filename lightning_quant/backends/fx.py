@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from torch import fx, nn
 
 from lightning_quant._torch_ao import (
@@ -140,9 +142,10 @@ def _is_called_elsewhere(node: fx.Node, floats: list[fx.Node]) -> bool:
 def _count_sharing(prepared: fx.GraphModule) -> None:
     """Tell each fake quantize how many tensors share it."""
     calls = [prepared.get_submodule(str(node.target)) for node in prepared.graph.nodes if node.op == "call_module"]
+    counts = Counter(id(module) for module in calls)
     for module in calls:
         if isinstance(module, SharedFakeQuantize):
-            module.calls_per_forward = sum(1 for other in calls if other is module)
+            module.calls_per_forward = counts[id(module)]
 
 
 def convert(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None) -> fx.GraphModule:
