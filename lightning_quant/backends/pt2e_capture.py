@@ -102,9 +102,13 @@ def export(target: nn.Module, example: Call, *, training: bool) -> Exported:
         interface, expected = _evaluated(target, interface, data)
         if training:
             _evaluated(copy.deepcopy(target).train(), interface, data)
+        program = _export(_Root(target, interface), data, shapes)
+        if training:
             target.train()
-        with _plain_momentum(target):
-            program = _export(_Root(target, interface), data, shapes)
+            with _plain_momentum(target):
+                in_training = _export(_Root(target, interface), data, shapes)
+            _compare(program, in_training)
+            program = in_training
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -249,8 +253,10 @@ def _plain_graph(program: torch.export.ExportedProgram) -> fx.GraphModule:
 
 def place_of(node: fx.Node) -> str:
     """Name of the module of the target in whose forward a node stood."""
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    return str(stack[-1][0]) if stack else ""
+    stack = [
+        path for path, _ in node.meta.get("nn_module_stack", {}).values() if not path.startswith("_empty_nn_module")
+    ]
+    return str(stack[-1]) if stack else ""
 
 
 #: Operators with a mode: the position of the argument that says it, and what it is in evaluation.
@@ -272,6 +278,48 @@ _MODES: dict[Any, tuple[int, Any]] = {
     _ATEN.rnn_tanh.input: (6, False),
     _ATEN.rnn_relu.input: (6, False),
 }
+
+
+def _compare(evaluation: torch.export.ExportedProgram, training: torch.export.ExportedProgram) -> None:
+    """Refuse what does other things in training than :data:`_MODES` say.
+
+    A comparison of numbers alone would not see it where a network with random weights gives one output for all inputs.
+    """
+    pairs = list(zip(_steps(evaluation), _steps(training), strict=False))
+    different = next((node for (a, _), (b, node) in pairs if a != b), None)
+    if different is None and len(_steps(evaluation)) == len(_steps(training)):
+        return
+    name = place_of(different).removeprefix("target").removeprefix(".") if different is not None else ""
+    place = f" (first in {name!r})" if name else ""
+    raise CaptureError(
+        f"forward computes other things in training than in evaluation{place}: a branch on self.training, such as an "
+        "auxiliary output or stochastic depth"
+    )
+
+
+def _steps(program: torch.export.ExportedProgram) -> list[tuple[Any, fx.Node]]:
+    """The operators of a program with their settings, without those that say the mode and without counts of batches."""
+    steps = []
+    for node in program.graph.nodes:
+        if node.op != "call_function" or "_assert" in str(node.target):
+            continue
+        source = node.args[0] if node.args else None
+        if node.target is _ATEN.add_.Tensor and "num_batches_tracked" in str(source):
+            continue
+        settings: list[Any] = list(node.args)
+        if isinstance(node.target, torch._ops.OpOverload):
+            known = node.target._schema.arguments[len(settings) :]
+            settings += [node.kwargs.get(argument.name, argument.default_value) for argument in known]
+        if node.target in _MODES:
+            settings[_MODES[node.target][0]] = None
+        if node.target is _ATEN.batch_norm.default:
+            settings[6] = None  # the momentum, which may have been another one while it was exported
+        steps.append(((str(node.target), [repr(x) for x in settings if not _has_node(x)]), node))
+    return steps
+
+
+def _has_node(value: Any) -> bool:
+    return any(isinstance(leaf, fx.Node) for leaf in tree_flatten(value)[0])
 
 
 class WithMode(nn.Module):
@@ -425,5 +473,5 @@ def _check(graph_module: fx.GraphModule, data: tuple[Any, ...], expected: Any) -
     if not agree(expected, found):
         raise CaptureError(
             "the graph that torch.export gives computes something else in eval mode than forward does: it draws "
-            "random numbers, or does other things in training than in evaluation (a branch on self.training)"
+            "random numbers, or writes into memory that it reads under another name"
         )

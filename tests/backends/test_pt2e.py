@@ -416,10 +416,27 @@ def test_state_is_not_baked(method: Any) -> None:
         pt2e.check(Counts(), Call((ROWS,)), method, PT2E)
 
 
+class Skips(nn.Module):
+    """Leaves its layer out for half of the rows of a batch, and gives the same for all inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        nn.init.zeros_(self.fc.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.fc(x)
+        if self.training:
+            y = y * torch.empty(x.shape[0], 1).bernoulli_(0.5)
+        return y * 0 + self.fc.bias
+
+
 def test_what_only_training_does_is_not_lost() -> None:
+    with pytest.raises(CaptureError, match=r"computes other things in training than in evaluation: a branch on"):
+        pt2e.check(Skips(), Call((ROWS,)), "qat", PT2E)
     with pytest.raises(CaptureError, match=r"its forward changes self\.mean"):
         pt2e.check(Averages(), Call((ROWS,)), "qat", PT2E)
-    with pytest.raises(CaptureError, match=r"does other things in training than in evaluation"):
+    with pytest.raises(CaptureError, match=r"computes other things in training than in evaluation"):
         pt2e.check(Auxiliary(), Call((ROWS,)), "qat", PT2E)
     pt2e.check(Averages(), Call((ROWS,)), "static", PT2E)
 

@@ -233,10 +233,10 @@ def test_weights_are_stored_in_int8(tmp_path: Path) -> None:
         assert path.stat().st_size <= 0.30 * float_bytes
 
 
-@pytest.mark.parametrize(("method", "formats"), [(method, formats) for (_, method), formats in SUPPORT.items()])
+@pytest.mark.parametrize(("method", "formats"), [(m, formats) for (b, m), formats in SUPPORT.items() if b == "fx"])
 def test_every_cell_of_the_support_table_writes_its_files(method: Any, formats: Any, tmp_path: Path) -> None:
     model, x = Mlp().eval(), torch.randn(16, 4)
-    paths = export(calibrated(model, x, method=method), None, ExportConfig(directory=tmp_path), x)
+    paths = export(calibrated(model, x, method=method), None, ExportConfig(directory=tmp_path, formats=formats), x)
     assert tuple(paths) == formats
     for path in paths.values():
         loaded = load(path)
