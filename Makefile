@@ -37,7 +37,7 @@ test-oldest: $(VENV_OLDEST)/.installed  ## the fast tests with the oldest suppor
 test-slow: $(VENV)/.installed  ## the slow tests; run `make data` first
 	$(VENV)/bin/python -m pytest -m slow
 
-zoo: $(VENV)/.libraries  ## every architecture and library of the zoo, and the table in docs/zoo.md
+zoo: $(VENV)/.libraries  ## every architecture and library of the zoo, and the tables in docs/zoo.md
 	$(VENV)/bin/python -m pytest -m zoo
 	$(VENV)/bin/python tests/zoo/table.py
 

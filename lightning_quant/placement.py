@@ -179,7 +179,10 @@ def _take_out(module: nn.Module, name: str) -> None:
     """Remove a submodule, Parameter or buffer, and the containers that are empty without it."""
     while name:
         parent_name, _, child = name.rpartition(".")
-        parent = module.get_submodule(parent_name)
+        try:
+            parent = module.get_submodule(parent_name)
+        except AttributeError:  # it went with the layer that it is in: graphs use layers, and ask for their weights
+            return
         for registry in (parent._modules, parent._parameters, parent._buffers):
             registry.pop(child, None)
         if parent._modules or parent._parameters or parent._buffers:

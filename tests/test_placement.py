@@ -121,6 +121,13 @@ def test_graft_keeps_what_the_graph_does_not_use() -> None:
     assert [name for name, _ in model.named_modules()] == ["", "0", "0.second", "int8"]
 
 
+def test_graft_of_a_layer_and_of_its_weight() -> None:
+    """A graph uses a layer, and asks for the type of its weight."""
+    model = nn.Sequential(Mlp(), nn.Linear(3, 2))
+    graft(model, Plus(1), interface(model, X), ("0.first", "0.first.weight", "1", "1.weight", "1.bias"))
+    assert [name for name, _ in model.named_parameters()] == [f"0.{name}" for name, _ in Mlp().named_parameters()][2:]
+
+
 def test_graft_finds_a_free_name() -> None:
     model = nn.Module()
     model.int8 = nn.Linear(4, 4)

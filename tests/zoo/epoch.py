@@ -24,7 +24,7 @@ pl: Any = ROOTS[0]
 
 TRAINED = 32  # of the samples of a task; the others validate
 BATCH = 8
-LEARNING_RATE = 3e-4
+LEARNING_RATE = 3e-5  # Adam's first steps are of this size in every weight: more, and wide transformers diverge
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Epoch:
 
     Attributes:
         entry: The architecture.
-        first_loss: Of the first training batch, with fake quantize.
-        last_loss: Of the last one.
+        float_losses: Of each training batch in float training.
+        fake_losses: Of the same batches, with fake quantize.
         float_metrics: After an epoch of float training from the same weights, with the same batches.
         fake_metrics: After the epoch with fake quantize, as its own validation loop gives them.
         int8_metrics: Of the int8 model.
@@ -46,8 +46,8 @@ class Epoch:
     """
 
     entry: Architecture
-    first_loss: float
-    last_loss: float
+    float_losses: tuple[float, ...]
+    fake_losses: tuple[float, ...]
     float_metrics: dict[str, float]
     fake_metrics: dict[str, float]
     int8_metrics: dict[str, float]
@@ -124,7 +124,8 @@ def train(entry: Architecture, directory: Path) -> Epoch:
             module.momentum = 0.5  # at torch's 0.1, the running statistics of so short an epoch are those of before it
     start = {name: x.clone() for name, x in model.state_dict().items()}
     began = time.perf_counter()
-    float_metrics = _fit(Learner(entry, model), loaders, [])
+    plain = Learner(entry, model)
+    float_metrics = _fit(plain, loaders, [])
     moved = _moved(model, start)
     model.load_state_dict(start)
     callback = QuantizationAwareTraining(export=ExportConfig(directory=str(directory), formats=("torchscript",)))
@@ -134,8 +135,8 @@ def train(entry: Architecture, directory: Path) -> Epoch:
     assert report is not None
     return Epoch(
         entry=entry,
-        first_loss=learner.losses[0],
-        last_loss=learner.losses[-1],
+        float_losses=tuple(plain.losses),
+        fake_losses=tuple(learner.losses),
         float_metrics=float_metrics,
         fake_metrics=fake_metrics,
         int8_metrics=report.metrics_int8,
