@@ -191,7 +191,7 @@ def own_observer(spec: TensorSpec) -> Any:
     Raises:
         ConfigError: It is no observer of torch.ao.
     """
-    return _own(spec.observer, "observer", ObserverBase)
+    return own_class(spec.observer, "observer", ObserverBase)
 
 
 def own_fake_quantize(spec: TensorSpec) -> Any:
@@ -200,17 +200,28 @@ def own_fake_quantize(spec: TensorSpec) -> Any:
     Raises:
         ConfigError: It is no fake quantize of torch.ao.
     """
-    return _own(spec.fake_quantize, "fake_quantize", FakeQuantizeBase)
+    return own_class(spec.fake_quantize, "fake_quantize", FakeQuantizeBase)
 
 
-def _own(path: str, setting: str, base: type) -> Any:
+def own_class(path: str, setting: str, base: type, library: str = "torch.ao.quantization") -> Any:
+    """The class that a :class:`TensorSpec` names, or None if it names none of the user's.
+
+    Args:
+        path: The value of the setting: a word, or an import path.
+        setting: Its name.
+        base: What the class has to derive from.
+        library: Where ``base`` is from, for the message.
+
+    Raises:
+        ConfigError: It does not.
+    """
     if "." not in path:
         return None
     found = load_class(path, f"TensorSpec({setting}={path!r})")
     if not issubclass(found, base):
         raise ConfigError(
-            f"TensorSpec({setting}={path!r}): it does not derive from torch.ao.quantization.{base.__name__}, which "
-            "this backend asks for."
+            f"TensorSpec({setting}={path!r}): it does not derive from {library}.{base.__name__}, which this "
+            "backend asks for."
         )
     return found
 

@@ -363,5 +363,97 @@ def test_a_class_without_a_maker() -> None:
         prepare(Network().eval(), QuantConfig(layers=(entry,)), method="static", example_inputs=images(2))
 
 
+# ---- torchao's kinds
+
+
+class Plain(nn.Module):
+    """Two convolutions and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3)
+        self.second = nn.Conv2d(8, 8, 3)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.second(torch.relu(self.first(x))))
+        return self.head(x.mean((2, 3)))
+
+
+def quantizers(prepared: nn.Module) -> list[tuple[float, str]]:
+    """Scale of every tensor that is quantized in the graph, in order, and what gave the tensor."""
+    graph: Any = reference(prepared)
+    nodes = [n for n in graph.graph.nodes if ".quantize_per_tensor" in str(n.target)]
+    return [(float(n.args[1]), n.args[0].name) for n in nodes]
+
+
+def test_observers_of_torchao_for_all_and_for_some() -> None:
+    model = Plain()
+    found = {}
+    half = TensorSpec(observer="own_torchao_classes.HalfRange")
+    for name, config in {
+        "stock": QuantConfig(backend="pt2e", activation=own("min_max")),
+        "all": QuantConfig(backend="pt2e", activation=half),
+        "one": QuantConfig(
+            backend="pt2e", activation=own("min_max"), layers=(LayerConfig(name="second", activation=half),)
+        ),
+    }.items():
+        torch.manual_seed(1)
+        found[name] = [scale for scale, _ in quantizers(calibrated(model, config))]
+    stock = found["stock"]
+    assert len(stock) >= 3
+    assert found["all"] == pytest.approx([scale / 2 for scale in stock])
+    changed = [a == pytest.approx(b / 2) for a, b in zip(found["one"], stock, strict=True)]
+    assert any(changed)
+    assert not all(changed)
+    assert all(c or a == b for a, b, c in zip(found["one"], stock, changed, strict=True))
+
+
+def test_weights_of_one_type_in_pt2e() -> None:
+    spec = TensorSpec(qscheme="per_tensor_symmetric")
+    config = QuantConfig(backend="pt2e", layers=(LayerConfig(type="torch.nn.Conv2d", weight=spec),))
+    graph: Any = reference(calibrated(Plain(), config))
+    per_channel = [n for n in graph.graph.nodes if "dequantize_per_channel" in str(n.target)]
+    assert [next(iter(n.users)).target for n in per_channel] == [torch.ops.aten.linear.default]
+
+
+def test_a_fake_quantize_of_torchao_trains() -> None:
+    path = "own_torchao_classes.CountingFakeQuantize"
+    spec = TensorSpec(fake_quantize=path)
+    model = Plain()
+    prepared = prepare(
+        model, QuantConfig(backend="pt2e", activation=spec, weight=spec), method="qat", example_inputs=images(2)
+    )
+    prepared(images()).sum().backward()
+    found = [m for m in prepared.modules() if type(m).__name__ == "CountingFakeQuantize"]
+    assert len(found) >= 6
+    assert all(getattr(m, "calls", 0) for m in found)
+    assert all(p.grad is not None for p in model.parameters())
+    convert(prepared)
+
+
+@pytest.mark.parametrize("backend", ["pt2e"])
+def test_a_class_of_torch_ao_is_none_of_torchao(backend: Any) -> None:
+    spec = TensorSpec(observer=OWN + "HalfRange")
+    text = (
+        "TensorSpec(observer='own_classes.HalfRange'): it does not derive from torchao.quantization.pt2e.ObserverBase, "
+        "which this backend asks for."
+    )
+    with pytest.raises(ConfigError, match=exactly(text)):
+        prepare(
+            Plain().eval(), QuantConfig(backend=backend, activation=spec), method="static", example_inputs=images(2)
+        )
+
+
+@pytest.mark.parametrize("backend", ["torchscript", "pt2e"])
+def test_what_is_around_a_module_that_is_kept_whole_is_cut_there(backend: Any) -> None:
+    model = Plain().eval()
+    config = QuantConfig(backend=backend, layers=(LayerConfig(name="second", keep=True),))
+    converted = convert(calibrated(model, config))
+    x = images(2)
+    rows = coverage(converted, x).rows
+    assert [row.int8 for row in rows] == [True, False, True]
+
+
 def test_the_classes_of_this_test_are_the_users() -> None:
     assert HalfRange.__module__ == own_classes.__name__

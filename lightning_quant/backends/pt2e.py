@@ -24,6 +24,7 @@ from lightning_quant.backends.pt2e_folding import (
 )
 from lightning_quant.backends.pt2e_quantizer import plan, quantizer, spread, weight_qscheme
 from lightning_quant.config import Method, QuantConfig, resolve
+from lightning_quant.qconfig import config_of_layer
 
 
 def check(model: nn.Module, call: Call, method: Method, config: QuantConfig) -> Feasible:
@@ -66,7 +67,9 @@ def prepare(
         graph_module = exported.graph_module
         fused = groups(graph_module)
         if training:
-            observe_folded(graph_module, per_channel=weight_qscheme(config, 0) == torch.per_channel_symmetric)
+            configs = (config, *(config_of_layer(config, str(layer.name)) for layer in config.layers))
+            schemes = {weight_qscheme(own, 0) for own in configs}
+            observe_folded(graph_module, per_channel=schemes == {torch.per_channel_symmetric})
         else:
             fold_batch_norms(graph_module)
             store_computed_weights(graph_module)

@@ -28,8 +28,9 @@ from lightning_quant.backends.pt2e_folding import (
     unscaled_weight,
     weighted,
 )
+from lightning_quant.backends.tracing import LAYER
 from lightning_quant.config import Method, QuantConfig, TensorSpec
-from lightning_quant.qconfig import AVERAGING_CONSTANT, activation_range, weight_range
+from lightning_quant.qconfig import AVERAGING_CONSTANT, activation_range, config_of_layer, own_class, weight_range
 
 _ATEN = torch.ops.aten
 
@@ -221,14 +222,15 @@ def quantizer(plan: Plan, config: QuantConfig, method: Method) -> Any:
 
 def _annotate(plan: Plan, config: QuantConfig, method: Method) -> None:
     names = pt2e()
-    data = activation_spec(config, method)
+    settings = _Settings(config, plan.layers)
+    data = cache(lambda own: activation_spec(own, method))  # tensors with one specification may share an observer
     for node in plan.int8:
         how = plan.layers.get(node)
         if how is not None:
             weight: Any = node.args[how.weight]
             inside = weight
-            spec = weight_spec(config, method, how.axis)
-            specs = {node.args[how.data]: data}
+            spec = weight_spec(settings.of(node), method, how.axis)
+            specs = {node.args[how.data]: data(settings.of_producer(node.args[how.data]))}
             if weight.target is unscaled_weight:  # what is quantized is the weight with its batch norm folded in
                 inside = weight.args[0]
                 assert inside.target is scaled_weight
@@ -236,10 +238,34 @@ def _annotate(plan: Plan, config: QuantConfig, method: Method) -> None:
             else:
                 specs[weight] = spec
         elif kind_of(node) in _COMPUTING:
-            specs = {source: data for source in node.all_input_nodes if kind_of(source) not in _NEUTRAL}
+            sources = [source for source in node.all_input_nodes if kind_of(source) not in _NEUTRAL]
+            specs = {source: data(settings.of_producer(source)) for source in sources}
         else:
             continue
         node.meta[names.Q_ANNOTATION_KEY] = names.QuantizationAnnotation(specs, _annotated=True)
+
+
+class _Settings:
+    """The config of each layer, some of which have settings of their own."""
+
+    def __init__(self, config: QuantConfig, layers: dict[fx.Node, Weighted]) -> None:
+        self.config = config
+        self.layers = layers
+        # the target itself is called "layer" in settings, and has no name in the graph
+        self.named = {"" if layer.name == LAYER else layer.name: layer.name for layer in config.layers}
+
+    def of(self, node: fx.Node) -> QuantConfig:
+        """That of a layer."""
+        name = next((self.named[place] for place in _places(node, self.layers[node]) if place in self.named), None)
+        return self.config if name is None else config_of_layer(self.config, name)
+
+    def of_producer(self, node: Any) -> QuantConfig:
+        """That of the layer that gave what ``node`` gives, moved or not."""
+        while node not in self.layers and (kind_of(node) in VIEWS | _FUSED or node.op == "call_module"):
+            if not node.all_input_nodes:
+                break
+            node = node.all_input_nodes[0]
+        return self.of(node) if node in self.layers else self.config
 
 
 def _dtype(spec: TensorSpec, default: str) -> torch.dtype:
@@ -251,8 +277,16 @@ def activation_spec(config: QuantConfig, method: Method) -> Any:
     names, spec = pt2e(), config.activation
     low, high = activation_range(spec)
     qscheme = getattr(torch, "per_tensor_affine" if spec.qscheme == "auto" else spec.qscheme)
+    own, own_rounding = _own_classes(spec)
     if method == "dynamic":
         observer = names.PlaceholderObserver
+    elif method == "static" and own is not None:
+        observer = own
+    elif own is not None or own_rounding is not None:
+        averaging = {} if own is not None else {"averaging_constant": AVERAGING_CONSTANT}
+        observer = (own_rounding or names.FakeQuantize).with_args(
+            observer=own or names.MovingAverageMinMaxObserver, **averaging
+        )
     elif method == "static":
         observer = {
             "auto": names.HistogramObserver,
@@ -276,6 +310,15 @@ def activation_spec(config: QuantConfig, method: Method) -> Any:
     )
 
 
+def _own_classes(spec: TensorSpec) -> tuple[Any, Any]:
+    """The user's observer and fake quantize, None where there is none."""
+    names, library = pt2e(), "torchao.quantization.pt2e"
+    return (
+        own_class(spec.observer, "observer", names.ObserverBase, library),
+        own_class(spec.fake_quantize, "fake_quantize", names.FakeQuantizeBase, library),
+    )
+
+
 def weight_qscheme(config: QuantConfig, axis: int | None) -> torch.qscheme:
     """One scale per output channel, if there is an ``axis`` and the engine takes it. ``config`` is resolved."""
     default = "per_tensor_symmetric" if config.engine == "qnnpack" else "per_channel_symmetric"
@@ -295,12 +338,15 @@ def weight_spec(config: QuantConfig, method: Method, axis: int | None) -> Any:
     moving = names.MovingAveragePerChannelMinMaxObserver if per_channel else names.MovingAverageMinMaxObserver
     exact = names.PerChannelMinMaxObserver if per_channel else names.MinMaxObserver
     observer: Any
+    own, own_rounding = _own_classes(config.weight)
     if method == "qat":
         # averaging_constant=1: the range is that of the weights as they are now, without memory
-        settings: dict[str, Any] = {"observer": moving, "averaging_constant": 1.0}
+        settings: dict[str, Any] = {"observer": own} if own else {"observer": moving, "averaging_constant": 1.0}
         if per_channel:
             settings["ch_axis"] = axis  # torchao passes that of the specification to observers alone
-        observer = names.FakeQuantize.with_args(**settings)
+        observer = (own_rounding or names.FakeQuantize).with_args(**settings)
+    elif own is not None:
+        observer = own
     else:
         observer = moving if config.weight.observer == "moving_average" else exact
     return names.QuantizationSpec(
