@@ -369,6 +369,11 @@ def check_method(config: QuantConfig, method: Method) -> None:
                 f"TensorSpec(fake_quantize={spec.fake_quantize!r}) with method={method!r}: fake quantize is for "
                 "training. Leave it out, or use QuantizationAwareTraining."
             )
+    if config.backend == "torchscript" and any(layer.activation for layer in config.layers):
+        raise ConfigError(
+            "LayerConfig(activation=...) with backend='torchscript': TorchScript graph mode observes all activations "
+            "of a program in one way. Give it to QuantConfig(activation=...), or use backend='fx', 'eager' or 'pt2e'."
+        )
     swapped = [layer for layer in config.layers if layer.quantized]
     if swapped and config.backend not in SWAPPING:
         raise ConfigError(

@@ -17,6 +17,14 @@ class HalfRange(MinMaxObserver):
         return self._calculate_qparams(self.min_val / 2, self.max_val / 2)
 
 
+class Wider(MinMaxObserver):
+    """Takes twice the range that it sees; written so that it can be scripted."""
+
+    @torch.jit.export
+    def calculate_qparams(self):  # type: ignore[no-untyped-def]
+        return self._calculate_qparams(self.min_val * 2, self.max_val * 2)
+
+
 class TwiceTheMean(UniformQuantizationObserverBase):
     """Written from scratch: the range is from zero to twice the mean of what is positive."""
 

@@ -15,6 +15,7 @@ import yaml
 from lightning_quant import (
     ConfigError,
     ExportConfig,
+    LayerConfig,
     MissingExtraError,
     QuantConfig,
     QuantizationAwareTraining,
@@ -250,6 +251,16 @@ def test_settings_of_torchscript_graph_mode_alone(settings: Any) -> None:
     with pytest.raises(ConfigError, match=exactly(text)):
         QuantConfig(**settings)
     QuantConfig(backend="torchscript", **settings)
+
+
+def test_torchscript_graph_mode_observes_all_activations_in_one_way() -> None:
+    layer = LayerConfig(name="head", activation=TensorSpec(observer="min_max"))
+    text = (
+        "LayerConfig(activation=...) with backend='torchscript': TorchScript graph mode observes all activations "
+        "of a program in one way. Give it to QuantConfig(activation=...), or use backend='fx', 'eager' or 'pt2e'."
+    )
+    with pytest.raises(ConfigError, match=exactly(text)):
+        check_method(QuantConfig(backend="torchscript", layers=(layer,)), "static")
 
 
 def test_pt2e_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from torch import nn
 from lightning_quant import ConfigError, LayerConfig, QuantConfig, TensorSpec, convert, coverage, prepare
 from lightning_quant.backends import reference
 from lightning_quant.config import check_method
+from lightning_quant.exporters.torchscript import freeze
 from lightning_quant.layers import nearest
 
 OWN = "own_classes."
@@ -443,6 +444,45 @@ def test_a_class_of_torch_ao_is_none_of_torchao(backend: Any) -> None:
         prepare(
             Plain().eval(), QuantConfig(backend=backend, activation=spec), method="static", example_inputs=images(2)
         )
+
+
+@pytest.mark.parametrize("jit", ["trace", "script"])
+def test_weights_of_one_type_in_torchscript(jit: Any) -> None:
+    spec = TensorSpec(qscheme="per_tensor_symmetric")
+    config = QuantConfig(backend="torchscript", jit=jit, layers=(LayerConfig(type="torch.nn.Conv2d", weight=spec),))
+    program = freeze(convert(calibrated(Plain(), config)), (images(2),))
+    nodes = [n for n in program.inlined_graph.nodes() if n.kind().startswith(("quantized::conv", "quantized::linear"))]
+    packed = {n.kind(): list(n.inputs())[1].toIValue() for n in nodes}
+    schemes = {kind: weight.unpack()[0].qscheme() for kind, weight in packed.items()}
+    assert schemes == {
+        "quantized::conv2d_relu": torch.per_tensor_affine,
+        "quantized::linear": torch.per_channel_affine,
+    }
+
+
+@pytest.mark.parametrize("jit", ["trace", "script"])
+def test_an_observer_that_can_be_scripted(jit: Any) -> None:
+    model = Plain()
+    found = []
+    for observer in ("min_max", OWN + "Wider"):
+        torch.manual_seed(1)
+        config = QuantConfig(backend="torchscript", jit=jit, activation=own(observer))
+        program = freeze(convert(calibrated(model, config)), (images(2),))
+        nodes = [n for n in program.inlined_graph.nodes() if n.kind() == "quantized::conv2d_relu"]
+        found.append([list(n.inputs())[2].toIValue() for n in nodes])
+    assert found[1] == pytest.approx([2 * scale for scale in found[0]])
+
+
+def test_layers_of_a_module_that_was_scripted_before_have_one_setting() -> None:
+    model = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU())), nn.Linear(4, 2)).eval()
+    spec = TensorSpec(qscheme="per_tensor_symmetric")
+    config = QuantConfig(backend="torchscript", layers=(LayerConfig(name="0.0", weight=spec),))
+    text = (
+        "LayerConfig(name='0.0'): it is part of a module that was scripted before, of which all layers have one "
+        "setting. Give it to QuantConfig(weight=...), or script the module with jit='script'."
+    )
+    with pytest.raises(ConfigError, match=exactly(text)):
+        prepare(model, config, method="static", example_inputs=torch.randn(2, 4))
 
 
 @pytest.mark.parametrize("backend", ["torchscript", "pt2e"])

@@ -101,7 +101,9 @@ def trace_program(module: nn.Module, interface: Interface, call: Call) -> Progra
         warnings.simplefilter("always", torch.jit.TracerWarning)
         torch.jit.TracerWarning.ignore_lib_warnings()  # the checks of shapes in torch.nn
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]), _without_fast_path():
+            # a mode of torch functions (Lightning has one around configure_model) would be what warnings point at
+            without_modes = torch._C.DisableTorchFunction()
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), _without_fast_path(), without_modes:
                 script = torch.jit.trace(flat, data, check_trace=False, strict=False)
         except Exception as error:  # whatever the user's code raises when it is traced
             raise CaptureError(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import Branching, Mlp, Residual, TwoInputs, calibrated, decibels, settle
-from modules import Classifier, Digits, trainer
+from modules import Classifier, Digits, Recurrent, trainer
 from roots import pl
 from torch import nn
 from torch.nn import functional as F
@@ -31,6 +31,7 @@ from lightning_quant import (
 from lightning_quant.arguments import Call
 from lightning_quant.backends import torchscript
 from lightning_quant.backends.graph import info, is_graph
+from lightning_quant.backends.jit_entries import QConfigs
 from lightning_quant.config import Method
 
 TRACE = QuantConfig(backend="torchscript")
@@ -264,6 +265,31 @@ def test_settings_are_those_of_the_call(named: dict[str, Any], config: QuantConf
     assert decibels(model(x, **named), convert(prepared)(**data)) >= STATIC_DB
 
 
+class ByDimensions(nn.Module):
+    """No proxy of torch.fx has a number of dimensions; a trace of torch.jit does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 8)
+        self.second = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dim() == 3:
+            x = x.flatten(1)
+        return self.second(F.relu(self.first(x)))
+
+
+@METHODS
+def test_what_torch_fx_cannot_trace_is_traced_as_it_is(method: Method) -> None:
+    model, x = ByDimensions().eval(), torch.randn(32, 4)
+    converted = int8_of(model, x, TRACE, method)
+    assert is_graph(converted)
+    assert coverage(converted, x).share == 1.0
+    assert decibels(model(x), converted(x)) >= STATIC_DB
+    rows = coverage(int8_of(model, x, QuantConfig(backend="torchscript", skip=("first",)), method), x).rows
+    assert [row.int8 for row in rows] == [False, True]
+
+
 class Counting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -345,11 +371,28 @@ def test_a_scripted_part_is_quantized_within_its_parent() -> None:
 
 def test_layers_whose_kernel_cannot_be_asked_about_stay_float() -> None:
     model, x = UpAndDown().eval(), torch.randn(16, 3, 8, 8)
-    converted = int8_of(torch.jit.script(model), x)
+    prepared = calibrated(torch.jit.script(model), x, config=TRACE)
+    converted = convert(prepared, TRACE)
     assert info(converted).float_layers == {
         "up": "it was scripted before, and does not tell which int8 kernel would run it"
     }
-    assert info(converted).config.reduce_range is True
+    if info(converted).config.engine != "qnnpack":  # which never saturates
+        limits = [part.quant_max for name, part in prepared.script.named_modules() if "conv._observer" in name]
+        assert limits == [63]
+    assert decibels(model(x), converted(x)) >= STATIC_DB
+
+
+def test_in_a_traced_parent_scripted_attention_is_refused_too() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), torch.jit.script(Attention().eval())).eval(), torch.randn(4, 6, 8)
+    with pytest.raises(CaptureError, match=r"attention is a scripted MultiheadAttention"):
+        torchscript.check(model, Call((x,)), "static", TRACE)
+
+
+def test_scripted_parts_of_a_traced_parent_are_quantized_with_care() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 3, 1), torch.jit.script(UpAndDown().eval())), torch.randn(16, 3, 8, 8)
+    converted = int8_of(model.eval(), x)
+    assert is_graph(converted)
+    assert "quantized::conv_transpose2d" not in kernels_of(converted)
     assert decibels(model(x), converted(x)) >= STATIC_DB
 
 
@@ -394,7 +437,7 @@ def test_transposed_convolutions_have_one_scale_or_stay_float(config: QuantConfi
 
 @pytest.mark.parametrize("kind", [nn.ConvTranspose2d, nn.Conv2d])
 def test_weights_have_a_scale_for_each_channel_but_transposed_ones(kind: type[nn.Module]) -> None:
-    qconfig = torchscript._QConfigs(QuantConfig(backend="torchscript", engine="fbgemm", reduce_range=True), "static")
+    qconfig = QConfigs(QuantConfig(backend="torchscript", engine="fbgemm", reduce_range=True), "static")
     observer: Any = qconfig.of(kind).weight()
     per_tensor = kind is nn.ConvTranspose2d
     assert observer.original_name == ("MinMaxObserver" if per_tensor else "PerChannelMinMaxObserver")
@@ -529,6 +572,15 @@ def test_a_module_with_several_inputs(method: Method, config: QuantConfig) -> No
     assert report.sqnr_db >= STATIC_DB
     assert set(report.artifacts) == {"torchscript"}
     assert report.metrics_int8["val_loss"] == pytest.approx(report.metrics_float["val_loss"], rel=0.05)
+
+
+def test_the_report_says_why_a_layer_inside_of_a_program_is_float() -> None:
+    callback = PostTrainingQuantization(TRACE, method="dynamic")
+    trainer(callback).validate(Classifier(Recurrent()), datamodule=Digits(), verbose=False)
+    report: Any = callback.report
+    reason = "lstm: TorchScript graph mode quantizes Linear only dynamically; use backend='fx' or 'eager'"
+    assert report.float_layers == {"net": reason}
+    assert report.coverage < 0.5
 
 
 @JIT
