@@ -141,11 +141,13 @@ class _Writer:
         return self._round(node, value, QParams(float(module.scale), int(module.zero_point), dtype))
 
     def _functional(self, node: fx.Node, module: Functional) -> fx.Node:
-        args = fx.node.map_arg(node.args, lambda n: self.written[n])
+        args: Any = fx.node.map_arg(node.args, lambda n: self.written[n])
         qparams = self.known[node.all_input_nodes[0]]
         own: Any = module.functional
         if module.operation in SCALAR:
-            number = node.args[1]
+            number: Any = node.args[1]
+            if module.operation == "add_scalar":  # the kernel adds to the integers
+                args = (args[0], round(number / qparams.scale) * qparams.scale)
             qparams = qparams.after(lambda x: module(x, number))
         else:
             qparams = QParams(own.scale, own.zero_point, qparams.dtype)
