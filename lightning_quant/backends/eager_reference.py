@@ -14,7 +14,8 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from lightning_quant._torch_ao import RECURRENT_MODULES, fused_quantized_modules, quantized_modules, reference_modules
-from lightning_quant.backends.eager_operators import FIXED, SCALAR, TENSOR, TENSORS, VALUE, Functional
+from lightning_quant.backends.eager_operators import FIXED, SCALAR, TENSOR, TENSORS, VALUE
+from lightning_quant.backends.eager_stubs import Functional
 
 _OPS = torch.ops.quantized_decomposed
 _STORED = {torch.quint8: (torch.uint8, 0, 255), torch.qint8: (torch.int8, -128, 127)}
