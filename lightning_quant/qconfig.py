@@ -263,16 +263,22 @@ def config_of_layer(config: QuantConfig, name: str) -> QuantConfig:
 
 
 def layer_qconfig(config: QuantConfig, method: Method, kind: type[nn.Module]) -> QConfig:
-    """What a layer of this type gets, with ``static`` or ``qat``. ``config`` is resolved."""
+    """What a layer of this type gets. ``config`` is resolved."""
+    if kind in RNNS:  # the only int8 kernels there are take the ranges of activations at run time
+        return _recurrent(config)
+    if method == "dynamic":
+        return QConfig(activation=_AT_RUN_TIME, weight=_weight(config, method, per_tensor=False))
     # no int8 kernel takes per-channel weights of a transposed convolution (pytorch/pytorch#47535)
     weight = _weight(config, method, per_tensor=kind in CONV_TRANSPOSES)
     return QConfig(activation=_activation(config, method), weight=weight)
 
 
+_AT_RUN_TIME = PlaceholderObserver.with_args(dtype=torch.quint8, quant_min=0, quant_max=255, is_dynamic=True)
+
+
 def _recurrent(config: QuantConfig) -> QConfig:
     """Torch packs the weights of recurrent layers per tensor only, and quantizes their activations at run time."""
-    activation = PlaceholderObserver.with_args(dtype=torch.quint8, quant_min=0, quant_max=255, is_dynamic=True)
-    return QConfig(activation=activation, weight=_weight(config, "dynamic", per_tensor=True))
+    return QConfig(activation=_AT_RUN_TIME, weight=_weight(config, "dynamic", per_tensor=True))
 
 
 def qconfig_mapping(config: QuantConfig, method: Method) -> QConfigMapping:
@@ -283,8 +289,7 @@ def qconfig_mapping(config: QuantConfig, method: Method) -> QConfigMapping:
     """
     if method == "dynamic":
         mapping = QConfigMapping().set_global(None)
-        activation = PlaceholderObserver.with_args(dtype=torch.quint8, quant_min=0, quant_max=255, is_dynamic=True)
-        linear = QConfig(activation=activation, weight=_weight(config, method, per_tensor=False))
+        linear = layer_qconfig(config, method, nn.Linear)
         kind: Any
         # a ReLU after a linear layer is part of its kernel, and torch.ao asks for one qconfig for both
         for kind in (nn.Linear, F.linear, nn.ReLU, F.relu, torch.relu):

@@ -364,6 +364,16 @@ def test_a_class_without_a_maker() -> None:
         prepare(Network().eval(), QuantConfig(layers=(entry,)), method="static", example_inputs=images(2))
 
 
+@pytest.mark.parametrize("backend", ["fx", "eager"])
+def test_weights_of_one_layer_without_calibration(backend: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    spec = TensorSpec(qscheme="per_tensor_symmetric")
+    config = QuantConfig(backend=backend, layers=(LayerConfig(name="0", weight=spec),))
+    int8 = convert(prepare(model, config, method="dynamic", example_inputs=torch.randn(2, 4)))
+    layers = [m for m in int8.modules() if callable(getattr(m, "weight", None))]
+    assert [m.weight().qscheme() for m in layers] == [torch.per_tensor_affine, torch.per_channel_affine]
+
+
 # ---- torchao's kinds
 
 

@@ -8,30 +8,10 @@ What eager mode asks to be done by hand is done on the traced graph: layers are 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
-import torch
 from torch import fx, nn
 
-from lightning_quant import qat_modules
-from lightning_quant._torch_ao import (
-    DeQuantStub,
-    FusedModule,
-    QConfig,
-    QuantStub,
-    attach_node_meta,
-    convert_modules,
-    fused_quantized_modules,
-    get_default_dynamic_quant_module_mappings,
-    get_default_static_quant_module_mappings,
-    prepare_modules,
-    prepare_modules_qat,
-    qat_conv_bn_modules,
-    qat_layer_modules,
-    quantized_modules,
-)
+from lightning_quant._torch_ao import FusedModule, attach_node_meta
 from lightning_quant.arguments import Call
 from lightning_quant.backends import embeddings, islands
 from lightning_quant.backends.beginning import (
@@ -45,22 +25,16 @@ from lightning_quant.backends.beginning import (
     own_settings,
 )
 from lightning_quant.backends.eager_functions import depends_on_parameters, observe_functions, store_weights
-from lightning_quant.backends.eager_operators import (
-    FIXED,
-    SCALAR,
-    Functional,
-    insert_stubs,
-    is_able,
-    make_modules,
-    record_values,
-)
+from lightning_quant.backends.eager_operators import FIXED, is_able, record_values
 from lightning_quant.backends.eager_reference import neutral
+from lightning_quant.backends.eager_stubs import insert_stubs, make_modules
+from lightning_quant.backends.eager_swapping import QConfigs, int8_modules, observe, swap, trainable_modules
 from lightning_quant.backends.finishing import finished, observe_weights
-from lightning_quant.backends.graph import Feasible, Prepared, engine, info, put, with_info, working
+from lightning_quant.backends.graph import Feasible, Prepared, engine, info, with_info, working
 from lightning_quant.config import Method, QuantConfig, resolve
 from lightning_quant.errors import ConfigError
 from lightning_quant.fusion import fuse
-from lightning_quant.qconfig import RNNS, layer_qconfig, qconfig_mapping
+from lightning_quant.qconfig import RNNS, layer_qconfig
 
 #: Key of ``graph_module.meta``: name of a module -> its qconfig. Not on the modules, because those of a graph that is
 #: linked to a model in training are the model's own.
@@ -110,7 +84,7 @@ def _prepare_traced(begun: Begun, method: Method, example: Call, between: bool) 
     graph_module, groups = fuse(traced.graph_module, native_patterns(method), method)
     scopes = dict(traced.scopes)
     if method == "dynamic":
-        qconfigs = _dynamic_qconfigs(graph_module, config, out)
+        qconfigs = _dynamic_qconfigs(graph_module, begun, out)
     else:
         graph_module.eval()
         record_values(graph_module, copy.deepcopy(traced.interface.flatten(example.args, example.keywords)))
@@ -121,13 +95,7 @@ def _prepare_traced(begun: Begun, method: Method, example: Call, between: bool) 
     if method != "dynamic":
         # recurrent layers take the ranges of activations at run time: nothing is observed
         observed = {n: q for n, q in qconfigs.items() if not isinstance(graph_module.get_submodule(n), RNNS)}
-        with _apart(graph_module, tuple(traced.kept)):
-            _set_qconfigs(graph_module, observed)
-            if training:
-                prepare_modules_qat(graph_module, mapping=_trainable(), inplace=True)
-            else:
-                prepare_modules(graph_module, inplace=True)
-            _set_qconfigs(graph_module, {})
+        observe(graph_module, observed, tuple(traced.kept), training=training)
     if training:
         observe_weights(graph_module)
     norms = batch_norms_inside(graph_module, traced, groups)
@@ -157,18 +125,17 @@ def _observed_batch_norms(graph_module: nn.Module, origins: dict[str, str]) -> d
     }
 
 
-def _dynamic_qconfigs(graph_module: fx.GraphModule, config: QuantConfig, out: set[str]) -> dict[str, QConfig | None]:
-    mapping = qconfig_mapping(config, "dynamic").object_type_qconfigs
-    qconfigs: dict[str, QConfig | None] = {}
+def _dynamic_qconfigs(graph_module: fx.GraphModule, begun: Begun, out: set[str]) -> QConfigs:
+    settings = own_settings(begun)
+    qconfigs: QConfigs = {}
     for node in graph_module.graph.nodes:
         if node.op != "call_module" or is_inside(node, {}, out):
             continue
         name = str(node.target)
         module = graph_module.get_submodule(name)
-        if isinstance(module, FusedModule):
-            qconfigs[name] = mapping[nn.Linear]
-        elif type(module) in (nn.Linear, *RNNS):
-            qconfigs[name] = mapping[type(module)]
+        kind = nn.Linear if isinstance(module, FusedModule) else type(module)
+        if kind in (nn.Linear, *RNNS):
+            qconfigs[name] = layer_qconfig(settings.get(name, begun.config), "dynamic", kind)
     return qconfigs
 
 
@@ -179,10 +146,10 @@ def _place(
     scopes: dict[str, tuple[str, type]],
     out: set[str],
     between: bool,
-) -> dict[str, QConfig | None]:
+) -> QConfigs:
     """Make ``graph_module`` an eager-mode model. Gives the qconfig of each module that is swapped, by name."""
     config = begun.config
-    swapped = {*_int8_modules(), *_trainable()}
+    swapped = {*int8_modules(method), *trainable_modules()}
 
     def stays_float(node: fx.Node) -> bool:
         if is_inside(node, scopes, out):
@@ -196,16 +163,15 @@ def _place(
 
     _, int8 = islands.divide(graph_module, able, stays_float, none=not between)
     anywhere = layer_qconfig(config, method, nn.Linear)
-    qconfigs: dict[str, QConfig | None] = {}
+    qconfigs: QConfigs = {}
     settings = own_settings(begun)
-    recurrent = qconfig_mapping(config, method).object_type_qconfigs
     for node in graph_module.graph.nodes:
         if node.op != "call_module":
             continue
         name = str(node.target)
         module = graph_module.get_submodule(name)
         if isinstance(module, RNNS) and not is_inside(node, scopes, out):
-            qconfigs[name] = recurrent[type(module)]
+            qconfigs[name] = layer_qconfig(settings.get(name, config), method, type(module))
         elif node in int8 and islands.is_weighted(type(module)):
             qconfigs[name] = layer_qconfig(settings.get(name, config), method, type(module))
     observe_functions(graph_module, int8, config, method)
@@ -213,60 +179,8 @@ def _place(
         # those of fixed scale are observed in training alone, where rounding has to be learnt
         if method == "qat" or not isinstance(graph_module.get_submodule(name), FIXED):
             qconfigs[name] = anywhere
-    stubs = insert_stubs(graph_module, int8, QuantStub, DeQuantStub)
+    stubs = insert_stubs(graph_module, int8)
     return qconfigs | dict.fromkeys(stubs, anywhere)
-
-
-def _trainable() -> dict[Any, Any]:
-    """Float module -> the one with fake quantized weights. Torch's own table for eager mode has no ``nn.Conv1d``."""
-    configs = native_patterns("qat").configs
-    embeddings = (nn.Embedding, nn.EmbeddingBag)
-    return {
-        c.pattern: c.qat_module
-        for c in configs
-        if c.qat_module is not None and isinstance(c.pattern, type) and c.pattern not in embeddings
-    }
-
-
-def _int8_modules() -> dict[Any, Any]:
-    """Float or trainable module -> int8 one."""
-    dynamic = get_default_dynamic_quant_module_mappings()
-    return {
-        **get_default_static_quant_module_mappings(),
-        **{kind: dynamic[kind] for kind in RNNS},
-        qat_layer_modules.Conv1d: quantized_modules.Conv1d,
-        qat_conv_bn_modules.ConvReLU1d: fused_quantized_modules.ConvReLU1d,
-    }
-
-
-@contextmanager
-def _apart(graph_module: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
-    """Take the modules that a graph keeps out of it: torch.ao goes through all modules that there are."""
-    modules = {name: graph_module.get_submodule(name) for name in names}
-    for name in names:
-        put(graph_module, name, nn.Identity())
-    try:
-        yield
-    finally:
-        for name, module in modules.items():
-            put(graph_module, name, module)
-
-
-def _set_qconfigs(graph_module: nn.Module, qconfigs: dict[str, QConfig | None]) -> None:
-    """Give modules these qconfigs, and all others none: torch.ao hands that of a module down to its children."""
-    for module in graph_module.modules():
-        module.__dict__.pop("qconfig", None)
-    for name, qconfig in qconfigs.items():
-        module = graph_module.get_submodule(name)
-        for part in (
-            module,
-            *(module if isinstance(module, FusedModule) and isinstance(module, nn.Sequential) else ()),
-        ):
-            part.__dict__["qconfig"] = qconfig
-    if not qconfigs:
-        return
-    for module in graph_module.modules():
-        module.__dict__.setdefault("qconfig", None)
 
 
 def convert(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None) -> fx.GraphModule:
@@ -288,35 +202,8 @@ def convert(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None) 
 
 
 def _swap(twin: fx.GraphModule, known: Prepared) -> None:
-    """Swap the modules of a finished graph for int8 ones."""
     qconfigs = twin.meta.pop(_QCONFIGS) | store_weights(twin, known.config, known.method)
-    _store_attributes(twin)
-    stock = {own: theirs for theirs, own in qat_modules.REPLACEMENTS.items()}
-    with _apart(twin, tuple(known.kept)):
-        for module in twin.modules():
-            # torch.ao folds the batch norm of its own classes alone
-            if type(module) in stock:
-                module.__class__ = stock[type(module)]
-            elif isinstance(module, Functional) and module.operation in SCALAR:
-                module.functional = quantized_modules.QFunctional()  # type: ignore[assignment] # nothing observes it
-        _set_qconfigs(twin, qconfigs)
-        dynamic = known.method == "dynamic"
-        mapping = get_default_dynamic_quant_module_mappings() if dynamic else _int8_modules()
-        convert_modules(twin, mapping, inplace=True, convert_custom_config_dict={})
-
-
-def _store_attributes(twin: fx.GraphModule) -> None:
-    """Keep what the graph reads of layers: once these are in int8, they have packed weights and no Parameters."""
-    for node in list(twin.graph.nodes):
-        if node.op != "get_attr":
-            continue
-        owner, _, attribute = str(node.target).rpartition(".")
-        value = getattr(twin.get_submodule(owner), attribute)
-        if owner and isinstance(value, torch.Tensor):
-            name = f"stored_{node.name}"
-            twin.register_buffer(name, value.detach())
-            node.target = name
-    twin.recompile()
+    swap(twin, qconfigs, tuple(known.kept), known.method)
 
 
 def reference(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None) -> fx.GraphModule:

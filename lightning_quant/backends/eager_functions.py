@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from lightning_quant._torch_ao import FakeQuantizeBase, QConfig
 from lightning_quant.backends.constants import is_constant, is_layer, value_of
-from lightning_quant.backends.eager_operators import add_module
+from lightning_quant.backends.eager_stubs import add_module
 from lightning_quant.backends.rewriting import LAYERS, layer_with
 from lightning_quant.config import Method, QuantConfig
 from lightning_quant.qconfig import layer_qconfig

@@ -14,17 +14,14 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from lightning_quant._torch_ao import quantized_modules
-from lightning_quant.backends.constants import is_layer
-from lightning_quant.backends.islands import asks_for_size, kind_of
-from lightning_quant.backends.rewriting import add_scalar, graph_module_has, mul_scalar
+from lightning_quant.backends.islands import kind_of
+from lightning_quant.backends.rewriting import add_scalar, mul_scalar
 
 #: Key of ``node.meta``: what a node gives, one of the words below.
 VALUE = "lightning_quant value"
@@ -34,10 +31,10 @@ _SUMS = (operator.add, torch.add, "add", "add_")
 _PRODUCTS = (operator.mul, torch.mul, torch.multiply, "mul", "mul_", "multiply")
 _MATRIX_PRODUCTS = (operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm")
 _JOINS = (torch.cat, torch.concat, torch.concatenate)
-_RELUS = (nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_")
+RELUS = (nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_")
 
 #: Operator -> the method of ``FloatFunctional`` that it becomes.
-_FUNCTIONALS: dict[Any, str] = {
+FUNCTIONALS: dict[Any, str] = {
     **dict.fromkeys(_SUMS, "add"),
     **dict.fromkeys(_PRODUCTS, "mul"),
     **dict.fromkeys(_MATRIX_PRODUCTS, "matmul"),
@@ -50,7 +47,7 @@ _FUNCTIONALS: dict[Any, str] = {
 SCALAR = ("add_scalar", "mul_scalar")
 
 #: Function -> the module that it becomes, so that it can be observed, or swapped.
-_ACTIVATIONS: dict[Any, type[nn.Module]] = {
+ACTIVATIONS: dict[Any, type[nn.Module]] = {
     F.hardswish: nn.Hardswish,
     F.elu: nn.ELU,
     F.leaky_relu: nn.LeakyReLU,
@@ -66,9 +63,9 @@ OBSERVED: tuple[type[nn.Module], ...] = (nn.Hardswish, nn.ELU, nn.LeakyReLU, nn.
 FIXED: tuple[type[nn.Module], ...] = (nn.Sigmoid, nn.Tanh, nn.Hardsigmoid)
 
 #: They keep the scale of what they are given.
-_KEEP: frozenset[Any] = frozenset(
+KEEP: frozenset[Any] = frozenset(
     (
-        *_RELUS,
+        *RELUS,
         nn.ReLU6, nn.Hardtanh, F.relu6, F.hardtanh, torch.clamp, "clamp",
         torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.narrow,
         torch.repeat_interleave, torch.movedim, torch.clone, operator.getitem,
@@ -87,28 +84,6 @@ _KEEP: frozenset[Any] = frozenset(
 )  # fmt: skip
 
 _INTERPOLATIONS = (F.interpolate, nn.Upsample, nn.UpsamplingNearest2d)
-
-
-class Functional(nn.Module):
-    """One operation of ``FloatFunctional``, which eager mode swaps for the int8 one, as a module that can be called.
-
-    Attributes:
-        operation: The name of the method.
-        functional: ``FloatFunctional``, observed once the model is prepared; ``QFunctional`` once it is converted.
-    """
-
-    def __init__(self, operation: str) -> None:
-        super().__init__()
-        self.operation = operation
-        self.functional = quantized_modules.FloatFunctional()
-
-    def forward(self, *args: Any) -> Any:
-        """The method of that name."""
-        return getattr(self.functional, self.operation)(*args)
-
-    def extra_repr(self) -> str:
-        """Its name."""
-        return self.operation
 
 
 class _Recorder(fx.Interpreter):
@@ -144,18 +119,19 @@ def is_able(graph_module: fx.GraphModule, node: fx.Node) -> bool:
         return False
     kind = kind_of(graph_module, node)
     try:
-        if kind in _FUNCTIONALS:
+        if kind in FUNCTIONALS:
             return _has_functional(node, kind)
-        if kind in _ACTIVATIONS:
-            return _bound(node, kind) is not None
+        if kind in ACTIVATIONS:
+            return activation_of(node, kind) is not None
         if kind in (*OBSERVED, *FIXED):
             return len(node.all_input_nodes) == 1
-        return kind in _KEEP and _has_kernel(graph_module, node, kind)
+        return kind in KEEP and _has_kernel(graph_module, node, kind)
     except TypeError:  # not hashable: no operator of torch
         return False
 
 
-def _is_number(x: Any) -> bool:
+def is_number(x: Any) -> bool:
+    """Whether ``x`` is one, and no truth value."""
     return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
@@ -164,9 +140,9 @@ def _is_tensor(x: Any) -> bool:
 
 
 def _has_functional(node: fx.Node, kind: Any) -> bool:
-    operation = _FUNCTIONALS[kind]
+    operation = FUNCTIONALS[kind]
     if operation == "cat":
-        return _parts_and_dim(node) is not None
+        return parts_and_dim(node) is not None
     if node.kwargs or len(node.args) != 2:
         return False
     a: Any
@@ -175,7 +151,7 @@ def _has_functional(node: fx.Node, kind: Any) -> bool:
     if operation in SCALAR:
         # 0 would be the scale of the result
         number = b if _is_tensor(a) else a
-        return _is_number(number) and (number != 0 or operation == "add_scalar") and (_is_tensor(a) or _is_tensor(b))
+        return is_number(number) and (number != 0 or operation == "add_scalar") and (_is_tensor(a) or _is_tensor(b))
     if not _is_tensor(a) or not _is_tensor(b):
         return False
     if operation == "matmul":  # the kernel takes as many dimensions of both
@@ -184,7 +160,7 @@ def _has_functional(node: fx.Node, kind: Any) -> bool:
     return kind not in ("add_", "mul_") or len(a.users) == 1
 
 
-def _parts_and_dim(node: fx.Node) -> tuple[list[fx.Node], int] | None:
+def parts_and_dim(node: fx.Node) -> tuple[list[fx.Node], int] | None:
     """The arguments of ``torch.cat``, if they are a list of tensors and a number."""
     values = {**dict(zip(("tensors", "dim"), node.args, strict=False)), **node.kwargs}
     parts, dim = values.pop("tensors", None), values.pop("dim", 0)
@@ -194,9 +170,9 @@ def _parts_and_dim(node: fx.Node) -> tuple[list[fx.Node], int] | None:
     return (found, dim) if len(found) == len(parts) and found else None
 
 
-def _bound(node: fx.Node, kind: Any) -> tuple[fx.Node, nn.Module] | None:
+def activation_of(node: fx.Node, kind: Any) -> tuple[fx.Node, nn.Module] | None:
     """What an activation function is given, and the module that it is."""
-    module = _ACTIVATIONS[kind]
+    module = ACTIVATIONS[kind]
     values: dict[str, Any]
     if isinstance(kind, str) or kind in (torch.sigmoid, torch.tanh):
         values = {"input": node.args[0]} if len(node.args) == 1 and not node.kwargs else {}
@@ -205,7 +181,7 @@ def _bound(node: fx.Node, kind: Any) -> tuple[fx.Node, nn.Module] | None:
         values = dict(bound.arguments)
     data = values.pop("input", None)
     values.pop("inplace", None)
-    if not isinstance(data, fx.Node) or not all(_is_number(x) for x in values.values()):
+    if not isinstance(data, fx.Node) or not all(is_number(x) for x in values.values()):
         return None
     return data, module(**values)
 
@@ -244,107 +220,3 @@ _SPLITS = (torch.chunk, torch.split, "chunk", "split")
 
 def _is_split(graph_module: fx.GraphModule, node: Any) -> bool:
     return isinstance(node, fx.Node) and kind_of(graph_module, node) in _SPLITS
-
-
-def make_modules(graph_module: fx.GraphModule, int8: set[fx.Node]) -> list[str]:
-    """Make modules of what eager mode can only swap as modules.
-
-    Args:
-        graph_module: Changed in place.
-        int8: The nodes that run in int8, for all of which :func:`is_able` holds or which are layers. Kept up to date.
-
-    Returns:
-        Names of the modules that need a range of their own.
-    """
-    names: list[str] = []
-    for node in list(graph_module.graph.nodes):
-        if node not in int8:
-            continue
-        kind = kind_of(graph_module, node)
-        if kind in _FUNCTIONALS:
-            name = _make_functional(graph_module, node, _FUNCTIONALS[kind], int8)
-            # the scale of a sum or product with a number follows from that of the tensor
-            names += [] if _FUNCTIONALS[kind] in SCALAR else [f"{name}.functional"]
-        elif kind in _ACTIVATIONS:
-            bound = _bound(node, kind)
-            assert bound is not None
-            data, module = bound
-            name = add_module(graph_module, node.name, module.train(graph_module.training))
-            node.op, node.target, node.args, node.kwargs = "call_module", name, (data,), {}
-            names += [name] if type(module) in (*OBSERVED, *FIXED) else []
-        elif kind in (*OBSERVED, *FIXED):
-            names.append(str(node.target))
-    return names
-
-
-def _make_functional(graph_module: fx.GraphModule, node: fx.Node, operation: str, int8: set[fx.Node]) -> str:
-    args: tuple[Any, ...] = node.args
-    if operation == "cat":
-        found = _parts_and_dim(node)
-        assert found is not None
-        args = found
-    elif operation in SCALAR and _is_number(args[0]):
-        args = (args[1], args[0])
-    if operation == "add" and len(node.users) == 1:
-        follower = next(iter(node.users))
-        if follower in int8 and kind_of(graph_module, follower) in _RELUS:
-            operation = "add_relu"
-            follower.replace_all_uses_with(node)
-            graph_module.graph.erase_node(follower)
-            int8.discard(follower)
-    name = add_module(graph_module, node.name, Functional(operation))
-    node.op, node.target, node.args, node.kwargs = "call_module", name, args, {}
-    return name
-
-
-def add_module(graph_module: fx.GraphModule, stem: str, module: nn.Module) -> str:
-    """Register ``module`` under a name that is free, and give that name."""
-    name, number = f"int8_{stem}", 0
-    while graph_module_has(graph_module, name):
-        number += 1
-        name = f"int8_{stem}_{number}"
-    graph_module.add_submodule(name, module)
-    return name
-
-
-def insert_stubs(
-    graph_module: fx.GraphModule, int8: set[fx.Node], quantize: Callable[[], nn.Module], dequantize: type[nn.Module]
-) -> list[str]:
-    """Let float data be quantized where int8 nodes read it, and int8 data be dequantized where others do.
-
-    Args:
-        graph_module: Changed in place. Each tensor is quantized or dequantized once, for all its readers.
-        int8: The nodes that run in int8.
-        quantize: Makes a ``QuantStub``.
-        dequantize: ``DeQuantStub``.
-
-    Returns:
-        The names of the stubs.
-    """
-    graph, names = graph_module.graph, []
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    for node in list(graph.nodes):
-        if node.meta.get(VALUE) != TENSOR:
-            continue
-        if node in int8:
-            readers = [
-                user
-                for user in node.users
-                if user not in int8 and not (asks_for_size(graph_module, user) and user.meta.get(VALUE) == OTHER)
-            ]
-            module, stem = dequantize(), f"dequantize_{node.name}"
-        else:
-            # the weight and the bias of a functional layer are no data
-            readers = [user for user in node.users if user in int8 and (not is_layer(user) or user.args[0] is node)]
-            module, stem = quantize(), f"quantize_{node.name}"
-        if not readers:
-            continue
-        name = add_module(graph_module, stem, module)
-        # after all inputs, which have to come first
-        with graph.inserting_after(inputs[-1] if node.op == "placeholder" else node):
-            stub = graph.call_module(name, (node,))
-        stub.meta = dict(node.meta)
-        for reader in readers:
-            reader.replace_input_with(node, stub)
-        names.append(name)
-    return names

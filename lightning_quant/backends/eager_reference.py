@@ -14,7 +14,8 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from lightning_quant._torch_ao import RECURRENT_MODULES, fused_quantized_modules, quantized_modules, reference_modules
-from lightning_quant.backends.eager_operators import FIXED, SCALAR, TENSOR, TENSORS, VALUE, Functional
+from lightning_quant.backends.eager_operators import FIXED, SCALAR, TENSOR, TENSORS, VALUE
+from lightning_quant.backends.eager_stubs import Functional
 
 _OPS = torch.ops.quantized_decomposed
 _STORED = {torch.quint8: (torch.uint8, 0, 255), torch.qint8: (torch.int8, -128, 127)}
@@ -141,11 +142,13 @@ class _Writer:
         return self._round(node, value, QParams(float(module.scale), int(module.zero_point), dtype))
 
     def _functional(self, node: fx.Node, module: Functional) -> fx.Node:
-        args = fx.node.map_arg(node.args, lambda n: self.written[n])
+        args: Any = fx.node.map_arg(node.args, lambda n: self.written[n])
         qparams = self.known[node.all_input_nodes[0]]
         own: Any = module.functional
         if module.operation in SCALAR:
-            number = node.args[1]
+            number: Any = node.args[1]
+            if module.operation == "add_scalar":  # the kernel adds to the integers
+                args = (args[0], round(number / qparams.scale) * qparams.scale)
             qparams = qparams.after(lambda x: module(x, number))
         else:
             qparams = QParams(own.scale, own.zero_point, qparams.dtype)

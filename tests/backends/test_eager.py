@@ -38,8 +38,8 @@ from lightning_quant._torch_ao import (
     quantized_modules,
 )
 from lightning_quant.arguments import Call, Captured
-from lightning_quant.backends import eager, reference
-from lightning_quant.backends.eager_operators import Functional
+from lightning_quant.backends import eager, embeddings, reference
+from lightning_quant.backends.eager_stubs import Functional
 from lightning_quant.backends.graph import info, is_graph, link, observers
 from lightning_quant.config import Method, resolve
 from lightning_quant.exporters.qdq import to_qdq
@@ -407,15 +407,24 @@ def test_dynamic_quantizes_tables_and_recurrent_layers() -> None:
     int8 = convert(calibrated(model, x, method="dynamic", config=EAGER))
     kinds = {name: type(getattr(int8, name)) for name in ("words", "bag", "mean", "limited", "gru", "cell", "fc")}
     assert kinds == {
-        "words": quantized_modules.Embedding,
-        "bag": quantized_modules.EmbeddingBag,
-        "mean": nn.EmbeddingBag,
+        "words": embeddings.Int8Table,
+        "bag": embeddings.Int8Table,
+        "mean": embeddings.Int8Table,
         "limited": nn.Embedding,
         "gru": dynamic_modules.GRU,
         "cell": dynamic_modules.LSTMCell,
         "fc": dynamic_modules.Linear,
     }
     assert decibels(model(x), int8(x)) >= ENOUGH_DB
+
+
+@pytest.mark.parametrize("method", ["static", "qat"])
+def test_a_network_of_recurrent_layers_alone_has_nothing_to_observe(method: Method) -> None:
+    model, x = nn.LSTM(4, 6).eval(), torch.randn(7, 3, 4)
+    prepared = calibrated(model, x, method=method, config=EAGER)
+    int8 = convert(prepared)
+    assert modules_of(int8, dynamic_modules.LSTM)
+    assert decibels(model(x)[0], int8(x)[0]) >= ENOUGH_DB
 
 
 def test_dynamic_has_no_neutral_form() -> None:
@@ -552,7 +561,7 @@ def test_trainable_layers_are_those_of_fx() -> None:
 
 
 def test_a_run_trains_converts_and_writes() -> None:
-    callback = QuantizationAwareTraining(EAGER)
+    callback = QuantizationAwareTraining(EAGER, export=ExportConfig(formats=("torchscript", "onnx")))
     module = Classifier(convnet())
     run = trainer(callback, max_epochs=2)
     before = weights(module)
@@ -573,7 +582,10 @@ def test_a_run_trains_converts_and_writes() -> None:
     # a checkpoint of it resumes with the same weights and ranges
     checkpoint = Path("last.ckpt")
     run.save_checkpoint(checkpoint)
-    again, other = Classifier(convnet()), QuantizationAwareTraining(EAGER, export=ExportConfig(directory="again"))
+    again, other = (
+        Classifier(convnet()),
+        QuantizationAwareTraining(EAGER, export=ExportConfig(directory="again", formats=("torchscript",))),
+    )
     trainer(other, max_epochs=2).fit(again, datamodule=Digits(), ckpt_path=checkpoint, weights_only=True)
     assert not different(weights(module), weights(again))
     assert torch.equal(callback.quantized_model(x), other.quantized_model(x))
@@ -581,7 +593,8 @@ def test_a_run_trains_converts_and_writes() -> None:
 
 @pytest.mark.parametrize("method", ["static", "dynamic"])
 def test_post_training_quantization_writes_its_files(method: Method) -> None:
-    callback = PostTrainingQuantization(EAGER, method=method)
+    export = ExportConfig(formats=("torchscript", "onnx") if method == "static" else ("torchscript",))
+    callback = PostTrainingQuantization(EAGER, method=method, export=export)
     trainer(callback).validate(Classifier(convnet()), datamodule=Digits())
     files = {"model.ts", "model.onnx"} if method == "static" else {"model.ts"}
     assert {f.name for f in Path("quantized").iterdir()} == {"report.json", "report.md", *files}
