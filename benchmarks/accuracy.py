@@ -2,8 +2,8 @@
 
     python benchmarks/accuracy.py [--fashion-mnist FOLDER]
 
-For each seed: a float training; its post-training quantization; and a quantization-aware training of the same length
-from the same seed. All three are validated on the same images.
+For each seed: a float training; its post-training quantization by each backend; and quantization-aware trainings of the
+same length from the same seed, by each backend that can train. All are validated on the same images.
 """
 
 from __future__ import annotations
@@ -26,9 +26,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_quant import ExportConfig, PostTrainingQuantization, QuantizationAwareTraining, QuantReport
+from lightning_quant import ExportConfig, PostTrainingQuantization, QuantConfig, QuantizationAwareTraining, QuantReport
+from lightning_quant.config import SUPPORT, BackendName, Method
 
 SEEDS = (0, 1, 2)
+CALIBRATED: tuple[BackendName, ...] = ("fx", "eager", "torchscript", "pt2e")
+TRAINED: tuple[BackendName, ...] = ("fx", "eager", "pt2e")
 
 
 class Residual(nn.Module):
@@ -124,18 +127,20 @@ def fashion_mnist_task(folder: Path, train_images: int = 60_000, epochs: int = 2
 
 @dataclass(frozen=True)
 class Figures:
-    """Accuracies of one seed, shares of 1."""
+    """One seed: the accuracy in float, a share of 1, and the reports by backend."""
 
     float_acc: float
-    ptq_acc: float
-    qat_acc: float
-    ptq: QuantReport
-    qat: QuantReport
+    ptq: dict[str, QuantReport]
+    qat: dict[str, QuantReport]
 
 
-def _fit(task: Task, seed: int, callback: pl.Callback) -> None:
-    pl.seed_everything(seed, verbose=False)
-    trainer = pl.Trainer(
+def int8_acc(report: QuantReport) -> float:
+    """The accuracy of the int8 model, a share of 1."""
+    return report.metrics_int8["val_acc"]
+
+
+def _trainer(task: Task, callback: pl.Callback) -> pl.Trainer:
+    return pl.Trainer(
         max_epochs=task.epochs,
         accelerator="cpu",
         logger=False,
@@ -146,26 +151,50 @@ def _fit(task: Task, seed: int, callback: pl.Callback) -> None:
         check_val_every_n_epoch=task.epochs,
         num_sanity_val_steps=0,
     )
+
+
+def _fit(task: Task, seed: int, callback: pl.Callback) -> Classifier:
+    pl.seed_everything(seed, verbose=False)
     train = DataLoader(task.train, batch_size=64 if task.epochs > 10 else 128, shuffle=True)
-    trainer.fit(Classifier(task.stem_stride), train, DataLoader(task.val, batch_size=500))
+    model = Classifier(task.stem_stride)
+    _trainer(task, callback).fit(model, train, _validation(task))
+    return model
+
+
+def _validation(task: Task) -> DataLoader:
+    return DataLoader(task.val, batch_size=500)
+
+
+def _report(callback: PostTrainingQuantization | QuantizationAwareTraining) -> QuantReport:
+    assert callback.report is not None
+    return callback.report
 
 
 def run(task: Task, seed: int) -> Figures:
     """Train in float and with fake quantize from one seed; quantize the first after training."""
+    ptq: dict[str, QuantReport] = {}
+    qat: dict[str, QuantReport] = {}
     with tempfile.TemporaryDirectory() as folder:
-        export = ExportConfig(directory=folder, formats=("torchscript",))
-        ptq, qat = PostTrainingQuantization(export=export), QuantizationAwareTraining(export=export)
-        _fit(task, seed, ptq)
-        _fit(task, seed, qat)
-    assert ptq.report is not None
-    assert qat.report is not None
-    return Figures(
-        float_acc=ptq.report.metrics_float["val_acc"],
-        ptq_acc=ptq.report.metrics_int8["val_acc"],
-        qat_acc=qat.report.metrics_int8["val_acc"],
-        ptq=ptq.report,
-        qat=qat.report,
-    )
+
+        def native(backend: BackendName, method: Method) -> ExportConfig:
+            return ExportConfig(directory=folder, formats=SUPPORT[backend, method][:1])
+
+        first = PostTrainingQuantization(QuantConfig(backend=CALIBRATED[0]), export=native(CALIBRATED[0], "static"))
+        model = _fit(task, seed, first)
+        ptq[CALIBRATED[0]] = _report(first)
+        for backend in CALIBRATED[1:]:
+            after = PostTrainingQuantization(QuantConfig(backend=backend), export=native(backend, "static"))
+            _trainer(task, after).validate(model, _validation(task), verbose=False)
+            ptq[backend] = _report(after)
+        for backend in TRAINED:
+            trained = QuantizationAwareTraining(QuantConfig(backend=backend), export=native(backend, "qat"))
+            _fit(task, seed, trained)
+            qat[backend] = _report(trained)
+    return Figures(ptq[CALIBRATED[0]].metrics_float["val_acc"], ptq, qat)
+
+
+def _cells(row: Figures) -> list[float]:
+    return [row.float_acc, *map(int8_acc, row.ptq.values()), *map(int8_acc, row.qat.values())]
 
 
 def main() -> None:
@@ -177,14 +206,12 @@ def main() -> None:
     )
     options = parser.parse_args()
     table = Table(title="validation accuracy, %")
-    for head in ("data", "seed", "float", "PTQ int8", "QAT int8", "coverage"):
+    for head in ("data", "seed", "float", *(f"PTQ {b}" for b in CALIBRATED), *(f"QAT {b}" for b in TRAINED)):
         table.add_column(head)
     for task in (digits_task(), fashion_mnist_task(Path(options.fashion_mnist))):
-        rows = [run(task, seed) for seed in SEEDS]
-        cells = [(str(s), r.float_acc, r.ptq_acc, r.qat_acc, r.ptq.coverage) for s, r in zip(SEEDS, rows, strict=True)]
-        cells.append(("mean", *(mean(c[i] for c in cells) for i in range(1, 5))))  # type: ignore[arg-type]
-        for seed, *values in cells:
-            table.add_row(task.name, seed, *(f"{100 * v:.2f}" for v in values))
+        rows = [_cells(run(task, seed)) for seed in SEEDS]
+        for seed, cells in [*zip(map(str, SEEDS), rows, strict=True), ("mean", [*map(mean, zip(*rows, strict=True))])]:
+            table.add_row(task.name, seed, *(f"{100 * value:.2f}" for value in cells))
     Console().print(table)
 
 
