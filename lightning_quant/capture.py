@@ -22,6 +22,7 @@ from torchmetrics import Metric
 from lightning_quant.arguments import Call, Interface, signature_of
 from lightning_quant.config import LayerConfig, Method, near
 from lightning_quant.errors import CaptureError, ConfigError
+from lightning_quant.modes import without_fast_path
 from lightning_quant.placement import is_compiled
 from lightning_quant.qconfig import EMBEDDINGS, QUANTIZABLE, WEIGHTED
 from lightning_quant.scripted import is_scripted, opened_copy
@@ -146,7 +147,7 @@ def record_calls(model: nn.Module, run: Callable[[nn.Module], object]) -> dict[s
         if isinstance(module, torch.jit.ScriptModule):
             continue
         _watch(module, name, enter, running.pop)
-    with torch.no_grad():
+    with torch.no_grad(), without_fast_path():  # which calls no layer inside of attention
         run(twin)
     return {
         name: Recording(call, tuple(within[name]), tuple(ways[name]), _free_dims(sizes[name]))

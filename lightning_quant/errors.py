@@ -57,3 +57,9 @@ def where(error: BaseException) -> str:
             found = f"{filename}:{step.tb_lineno}: "
         step = step.tb_next
     return found
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, shortened."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else ""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_quant._torch_ao import RECURRENT_MODULES, FusedModule
+from lightning_quant.modes import without_fast_path
 
 _ATEN = torch.ops.aten
 nn_recurrent = (nn.RNNBase, nn.RNNCellBase)
@@ -78,7 +78,7 @@ def coverage(
         example_inputs = (example_inputs,)
     names = _Names(converted)
     counter = _Counter(names, converted)
-    with names, _operators_of_attention(), torch.no_grad(), counter:
+    with names, without_fast_path(), torch.no_grad(), counter:
         if run is None:
             converted(*example_inputs)
         else:
@@ -91,17 +91,6 @@ def coverage(
             reason = "no int8 kernel was placed for it" if weighted else "a product of two activations: float by design"
         rows.append(LayerRow(name, op, macs, int8, reason, weighted))
     return Coverage(tuple(rows))
-
-
-@contextmanager
-def _operators_of_attention() -> Iterator[None]:
-    """Run nn.MultiheadAttention as the operators that it is made of, not as one that hides its projections."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 class _Names:

@@ -22,9 +22,10 @@ from torch import fx, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lightning_quant.arguments import Call, Interface, batch_size, signature_of, with_batch
-from lightning_quant.backends.tracing import agree, carries, first_line, put_back, state_of
-from lightning_quant.errors import CaptureError, where
-from lightning_quant.structures import plain, shape_of
+from lightning_quant.backends.state import carries, put_back, state_of
+from lightning_quant.errors import CaptureError, first_line, where
+from lightning_quant.modes import without_fast_path
+from lightning_quant.structures import agree, plain, shape_of
 
 _ATEN = torch.ops.aten
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
@@ -136,7 +137,7 @@ def _evaluated(target: nn.Module, interface: Interface, data: tuple[Any, ...]) -
     batch_norms = tuple(f"{name}." for name, part in target.named_modules() if isinstance(part, _BATCH_NORM))
     values = {name: x.clone() for name, x in target.named_buffers() if not name.startswith(batch_norms)}
     try:
-        with _written_out(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with without_fast_path(), torch.no_grad(), torch.random.fork_rng(devices=[]):
             output = target(*args, **kwargs)
     finally:
         changed = [name for part, state in before.items() for name in put_back(part, state)]
@@ -148,17 +149,6 @@ def _evaluated(target: nn.Module, interface: Interface, data: tuple[Any, ...]) -
     if changed:
         raise CaptureError(carries(sorted(set(changed))))
     return interface.returning(shape_of(output)), plain(output)
-
-
-@contextmanager
-def _written_out() -> Iterator[None]:
-    """Attention and transformer layers as the operators that they are made of, and not as one fused for inference."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextmanager
@@ -196,7 +186,7 @@ def _silent() -> Iterator[None]:
 def _export(root: nn.Module, data: tuple[Any, ...], shapes: tuple[Any, ...]) -> torch.export.ExportedProgram:
     try:
         # not strict, attributes that forward changes would be constants of the graph without a word
-        with _written_out(), _silent(), torch.random.fork_rng(devices=[]):
+        with without_fast_path(), _silent(), torch.random.fork_rng(devices=[]):
             return torch.export.export(root, data, dynamic_shapes=(shapes,), strict=True)
     except Exception as error:  # torch.export's own errors, and those of the code that it runs
         raise CaptureError(

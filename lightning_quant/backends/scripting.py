@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,8 +14,9 @@ from torch.jit._recursive import create_script_module, infer_methods_to_compile
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lightning_quant.arguments import Call, Interface, Positional, signature_of
-from lightning_quant.backends.tracing import without_changes
-from lightning_quant.errors import CaptureError, where
+from lightning_quant.backends.state import without_changes
+from lightning_quant.errors import CaptureError, first_line, where
+from lightning_quant.modes import without_fast_path
 from lightning_quant.structures import plain, shape_of
 
 #: The child of a traced program that holds the modules of what was traced: see ``_Flat``.
@@ -78,17 +77,6 @@ class _Flat(nn.Module):
         return tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
-@contextmanager
-def _without_fast_path() -> Iterator[None]:
-    """Let attention run as the operators that it is made of: those that do all at once have no int8 kernels."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
-
-
 def trace_program(module: nn.Module, interface: Interface, call: Call) -> Program:
     """``module``, which takes the data of ``call`` by position, traced by ``torch.jit.trace``.
 
@@ -103,11 +91,11 @@ def trace_program(module: nn.Module, interface: Interface, call: Call) -> Progra
         try:
             # a mode of torch functions (Lightning has one around configure_model) would be what warnings point at
             without_modes = torch._C.DisableTorchFunction()
-            with torch.no_grad(), torch.random.fork_rng(devices=[]), _without_fast_path(), without_modes:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), without_fast_path(), without_modes:
                 script = torch.jit.trace(flat, data, check_trace=False, strict=False)
         except Exception as error:  # whatever the user's code raises when it is traced
             raise CaptureError(
-                f"cannot be traced by torch.jit: {where(error)}{type(error).__name__}: {_first_line(error)}"
+                f"cannot be traced by torch.jit: {where(error)}{type(error).__name__}: {first_line(error)}"
             ) from error
     for warning in caught:
         if not issubclass(warning.category, torch.jit.TracerWarning):
@@ -141,21 +129,20 @@ def script_module(module: nn.Module, call: Call) -> tuple[Program, Interface]:
     if isinstance(module, ScriptModule):
         return Program(module, interface, interface.inputs, None), returns
     _leave_fast_path(module)
+    _declare_constants(module)
     try:
         with torch.random.fork_rng(devices=[]):
             # as torch.jit.script does, but with a type for each module: see torchscript._by_kind
             script = create_script_module(module, infer_methods_to_compile, share_types=False)
     except Exception as error:  # the compiler raises more than its own errors
-        raise CaptureError(
-            f"cannot be scripted: {_place(error)}{type(error).__name__}: {_first_line(error)}"
-        ) from error
+        raise CaptureError(f"cannot be scripted: {_place(error)}{type(error).__name__}: {first_line(error)}") from error
     _fix_settings(script, interface)
     return Program(script, interface, interface.inputs, None), returns
 
 
 def _fix_settings(script: Any, interface: Interface) -> None:
-    """Let the settings of the call be constants, so that branches on them which no call takes are gone."""
-    graph = script._c._get_method("forward").graph
+    """Let the settings of the call be constants, so that branches on them or on attributes are decided."""
+    graph = script._c._get_method("forward").graph  # its types are its own, and so are its graphs
     known = {
         argument.debugName().partition(".")[0]: argument
         for argument in graph.inputs()
@@ -167,8 +154,10 @@ def _fix_settings(script: Any, interface: Interface) -> None:
             continue
         with graph.insert_point_guard(first):
             known[name].replaceAllUsesWith(graph.insertConstant(value))
-    torch._C._jit_pass_constant_propagation(graph)
-    torch._C._jit_pass_dce(graph)
+    for part in script.modules():
+        for method in part._c._method_names():
+            torch._C._jit_pass_constant_propagation(part._c._get_method(method).graph)
+            torch._C._jit_pass_dce(part._c._get_method(method).graph)
 
 
 def _interface(module: nn.Module, call: Call) -> tuple[Interface, Interface]:
@@ -190,6 +179,15 @@ def _leave_fast_path(module: nn.Module) -> None:
             part.activation_relu_or_gelu = 0
 
 
+def _declare_constants(module: nn.Module) -> None:
+    """Let the compiler take attributes like ``self.use_shortcut`` for the constants that they are in evaluation."""
+    for part in module.modules():
+        if isinstance(part, ScriptModule):
+            continue
+        flags = [k for k, v in part.__dict__.items() if isinstance(v, bool) and k != "training" and k[0] != "_"]
+        part.__dict__["__constants__"] = [*getattr(part, "__constants__", ()), *flags]
+
+
 _IN_FILE = re.compile(r'File "(.+?)", line (\d+)')
 
 
@@ -197,11 +195,6 @@ def _place(error: BaseException) -> str:
     """``"file.py:12: "``: where the compiler says that the code is."""
     found = [place for place in _IN_FILE.findall(str(error)) if "/torch/" not in place[0]]
     return f"{found[-1][0]}:{found[-1][1]}: " if found else where(error)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else ""
 
 
 def _first_sentence(message: Any) -> str:

@@ -21,16 +21,17 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_flatten
 
 from lightning_quant._torch_ao import QuantizationTracer
 from lightning_quant.arguments import Call, Interface, signature_of
 from lightning_quant.backends.recurrent import expose_recurrent
 from lightning_quant.backends.rewriting import Opaque, rewrite
+from lightning_quant.backends.state import carries, put_back, state_of
 from lightning_quant.backends.written_out import expose_batch_norms, is_written_out, written_out
-from lightning_quant.errors import CaptureError, where
+from lightning_quant.errors import CaptureError, first_line, where
+from lightning_quant.modes import without_fast_path
 from lightning_quant.scripted import is_scripted
-from lightning_quant.structures import Shape, is_setting, plain, shape_of
+from lightning_quant.structures import Shape, agree, plain, shape_of
 
 
 @dataclass(frozen=True)
@@ -167,52 +168,6 @@ class _Tracer(QuantizationTracer):
             self.module_stack.popitem(last=True)
 
 
-_State = tuple[dict[str, Any], dict[str, Any], dict[int, tuple[Any, Any]]]
-
-
-def state_of(module: nn.Module) -> _State:
-    """The attributes and buffers of ``module``, and the contents of the lists and dicts among them."""
-    attributes = {k: v for k, v in module.__dict__.items() if not k.startswith("_")}
-    contents = {id(v): (v, copy.copy(v)) for v in attributes.values() if type(v) in (list, dict)}
-    return attributes, dict(module._buffers), contents
-
-
-def put_back(module: nn.Module, state: _State) -> list[str]:
-    """The names of what ``module`` changed of itself since, which is put back."""
-    attributes, buffers, contents = state
-    now = {k: v for k, v in module.__dict__.items() if not k.startswith("_")}
-    changed = [k for k in now.keys() | attributes.keys() if not _unchanged(now.get(k), attributes.get(k))]
-    changed += [k for k in module._buffers if module._buffers[k] is not buffers.get(k)]
-    changed += [k for k, v in attributes.items() if id(v) in contents and not _unchanged(v, contents[id(v)][1])]
-    for name in now.keys() - attributes.keys():
-        del module.__dict__[name]
-    module.__dict__.update(attributes)
-    module._buffers.clear()
-    module._buffers.update(buffers)
-    for value, content in contents.values():
-        if isinstance(value, list):
-            value[:] = content
-        else:
-            value.clear()
-            value.update(content)
-    return sorted(set(changed))
-
-
-def _unchanged(a: Any, b: Any) -> bool:
-    if a is b:
-        return True
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(a[k] is b[k] for k in a)
-    return is_setting(a) and is_setting(b) and type(a) is type(b) and bool(a == b)
-
-
-def carries(names: list[str]) -> str:
-    """What to say of a forward that changes these attributes of its module."""
-    return f"its forward changes self.{', self.'.join(names)}: it carries state from call to call"
-
-
 @contextlib.contextmanager
 def _traceable_builtins() -> Iterator[None]:
     """Let ``len``, ``max`` and ``min`` of a proxy be nodes of the graph: paddings are computed with them."""
@@ -277,12 +232,6 @@ def _single_layer(root: nn.Module, interface: Interface) -> Traced:
     replaced = (*root._parameters, *root._buffers, *root._modules)
     module = fx.GraphModule({LAYER: root}, graph, type(root).__name__)
     return Traced(module, {n.name: (LAYER, type(root)) for n in graph.nodes}, interface, replaced, {LAYER: ""})
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, shortened."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else ""
 
 
 def trace(root: nn.Module, call: Call, *, training: bool = False, whole: Mapping[str, str] = {}) -> Traced:
@@ -380,30 +329,25 @@ def _checked(traced: Traced, root: nn.Module, call: Call) -> Traced | tuple[str,
     """
     runner = _Runner(traced.graph_module)
     runner.extra_traceback = False
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # its padded positions are zero
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            seed = torch.initial_seed()
-            torch.manual_seed(seed)
-            twin = copy.deepcopy(call)
-            before = {part: state_of(part) for part in root.modules() if not isinstance(part, torch.jit.ScriptModule)}
-            expected = root(*twin.args, **twin.keywords)
+    with without_fast_path(), torch.no_grad(), torch.random.fork_rng(devices=[]):  # its padded positions are zero
+        seed = torch.initial_seed()
+        torch.manual_seed(seed)
+        twin = copy.deepcopy(call)
+        before = {part: state_of(part) for part in root.modules() if not isinstance(part, torch.jit.ScriptModule)}
+        expected = root(*twin.args, **twin.keywords)
+        for part, state in before.items():
+            put_back(part, state)
+        torch.manual_seed(seed)
+        data = copy.deepcopy(traced.interface.flatten(call.args, call.keywords))
+        try:
+            found = runner.run(*data)
+        except Exception as error:  # whatever the user's code raises where a module is called with other types
+            node = runner.node
+            scope = traced.scopes.get(node.name, ("", None))[0] if node is not None else ""
+            return scope, f"traced, it does not run: {type(error).__name__}: {first_line(error)}"
+        finally:
             for part, state in before.items():
                 put_back(part, state)
-            torch.manual_seed(seed)
-            data = copy.deepcopy(traced.interface.flatten(call.args, call.keywords))
-            try:
-                found = runner.run(*data)
-            except Exception as error:  # whatever the user's code raises where a module is called with other types
-                node = runner.node
-                scope = traced.scopes.get(node.name, ("", None))[0] if node is not None else ""
-                return scope, f"traced, it does not run: {type(error).__name__}: {first_line(error)}"
-            finally:
-                for part, state in before.items():
-                    put_back(part, state)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
     if agree(plain(expected), plain(found)):
         loose = shape_of(found) is not None
         return replace(traced, interface=traced.interface.returning(shape_of(expected)), loose=loose)
@@ -419,26 +363,6 @@ def _return_plain(traced: Traced) -> None:
     with graph.inserting_before(output):
         output.args = (graph.call_function(plain, (output.args[0],)),)
     traced.graph_module.recompile()
-
-
-def agree(expected: Any, found: Any) -> bool:
-    """Whether two outputs have one structure, and the same numbers but for rounding."""
-    ours, spec = tree_flatten(expected)
-    theirs, other = tree_flatten(found)
-    if spec != other:
-        return False
-    for a, b in zip(ours, theirs, strict=True):
-        if isinstance(a, torch.Tensor) and a.is_floating_point():
-            if not isinstance(b, torch.Tensor) or a.shape != b.shape:
-                return False
-            finite = a.isfinite()
-            if not torch.equal(finite, b.isfinite()):
-                return False
-            error = (a[finite] - b[finite]).double().norm()
-            # a wrong graph is wrong by much; another order of sums, amplified by a deep network, by little
-            if error > 1e-3 * a[finite].double().norm() + 1e-7:
-                return False
-    return True
 
 
 def trace_around(root: nn.Module, call: Call, leaves: tuple[str, ...]) -> Traced:
@@ -489,18 +413,3 @@ def _follow_mode(train: Traced, evaluation: Traced) -> tuple[str, str] | None:
         train.graph_module.add_submodule(name, module)
         node.op, node.target, node.args, node.kwargs = "call_module", name, args, kwargs
     return None
-
-
-def without_changes(root: nn.Module, run: Callable[[], Any]) -> Any:
-    """What ``run`` gives, which calls ``root``.
-
-    Raises:
-        CaptureError: A module changed itself by it. What it changed is put back.
-    """
-    before = {name: (m, state_of(m)) for name, m in root.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
-    try:
-        return run()
-    finally:
-        changes = {name: changed for name, (part, state) in before.items() if (changed := put_back(part, state))}
-        for name, changed in changes.items():
-            raise CaptureError(f"{name + ': ' if name else ''}{carries(changed)}")

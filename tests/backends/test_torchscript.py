@@ -290,6 +290,30 @@ def test_what_torch_fx_cannot_trace_is_traced_as_it_is(method: Method) -> None:
     assert [row.int8 for row in rows] == [False, True]
 
 
+class Flagged(nn.Module):
+    """A branch on an attribute, as residual blocks have."""
+
+    def __init__(self, shortcut: bool) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.shortcut = shortcut
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.shortcut:
+            return x + self.fc(x)
+        return self.fc(x)
+
+
+@JIT
+def test_branches_on_attributes_are_decided(config: QuantConfig) -> None:
+    model, x = nn.Sequential(Flagged(False), nn.ReLU(), Flagged(True)).eval(), torch.randn(32, 4)
+    converted = int8_of(model, x, config)
+    assert is_graph(converted)
+    assert "prim::If" not in str(converted.script.inlined_graph)
+    assert decibels(model(x), converted(x)) >= STATIC_DB
+    assert "__constants__" not in model[0].__dict__
+
+
 class Counting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
