@@ -8,13 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from jsonargparse import ArgumentParser
+
+from lightning_quant import PostTrainingQuantization, QuantConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def blocks(page: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf8"), flags=re.M | re.S)
+def blocks(page: Path, language: str = "python") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf8"), flags=re.M | re.S)
 
 
 def test_readme_has_code() -> None:
@@ -28,6 +31,16 @@ def test_code_blocks_run(page: Path, tmp_path: Path) -> None:
     program.write_text("\n".join(blocks(page)), encoding="utf8")
     done = subprocess.run([sys.executable, str(program)], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "yaml")], ids=lambda page: page.name)
+def test_yaml_blocks_are_settings_of_a_callback(page: Path) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(PostTrainingQuantization, as_group=False)
+    for block in blocks(page, "yaml"):
+        made = parser.instantiate_classes(parser.parse_string(block))
+        assert isinstance(made.config, QuantConfig)
+        assert made.config != QuantConfig()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
