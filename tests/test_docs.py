@@ -34,7 +34,8 @@ def test_code_blocks_run(page: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "yaml")], ids=lambda page: page.name)
-def test_yaml_blocks_are_settings_of_a_callback(page: Path) -> None:
+def test_yaml_blocks_are_settings_of_a_callback(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of names that older versions need
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(PostTrainingQuantization, as_group=False)
     for block in blocks(page, "yaml"):
