@@ -13,6 +13,7 @@ import torch
 
 from lightning_quant._roots import Callback
 from lightning_quant.attachment import after_method, attach, attached_to, detach, relink, run_quantized, unbind
+from lightning_quant.backends import check_classes
 from lightning_quant.backends.graph import info, is_initialised
 from lightning_quant.capture import Capture
 from lightning_quant.config import ExportConfig, Method, QuantConfig, check_method, resolve, resolve_formats
@@ -99,6 +100,7 @@ class _Base(Callback):
         if not isinstance(export, ExportConfig):
             raise ConfigError(f"export={export!r}: give an ExportConfig.")
         check_method(config, method)
+        check_classes(config)
         resolve(config)
         resolve_formats(config, method, export)
         self.config = config

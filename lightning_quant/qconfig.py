@@ -203,6 +203,15 @@ def own_fake_quantize(spec: TensorSpec) -> Any:
     return own_class(spec.fake_quantize, "fake_quantize", FakeQuantizeBase)
 
 
+def own_classes(spec: TensorSpec) -> tuple[Any, Any]:
+    """The user's observer and fake quantize, None where there is none.
+
+    Raises:
+        ConfigError: They are none of torch.ao.
+    """
+    return own_observer(spec), own_fake_quantize(spec)
+
+
 def own_class(path: str, setting: str, base: type, library: str = "torch.ao.quantization") -> Any:
     """The class that a :class:`TensorSpec` names, or None if it names none of the user's.
 

@@ -24,7 +24,17 @@ from own_classes import (
 )
 from torch import nn
 
-from lightning_quant import ConfigError, LayerConfig, QuantConfig, TensorSpec, convert, coverage, prepare
+from lightning_quant import (
+    ConfigError,
+    LayerConfig,
+    PostTrainingQuantization,
+    QuantConfig,
+    QuantizationAwareTraining,
+    TensorSpec,
+    convert,
+    coverage,
+    prepare,
+)
 from lightning_quant.backends import reference
 from lightning_quant.config import check_method
 from lightning_quant.exporters.torchscript import freeze
@@ -127,6 +137,11 @@ def test_wrong_classes_and_paths() -> None:
 def test_a_class_that_is_not_what_it_is_given_for(spec: TensorSpec, method: Any, text: str) -> None:
     with pytest.raises(ConfigError, match=exactly(text)):
         prepare(Network().eval(), QuantConfig(activation=spec), method=method, example_inputs=images(2))
+    # with a callback: when it is made
+    kind: Any = QuantizationAwareTraining if method == "qat" else PostTrainingQuantization
+    layer = LayerConfig(name="head", activation=spec)
+    with pytest.raises(ConfigError, match=exactly(text)):
+        kind(QuantConfig(layers=(layer,)))
 
 
 @pytest.mark.parametrize(

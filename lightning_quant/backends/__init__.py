@@ -24,12 +24,32 @@ from lightning_quant.config import SWAPPING, Method, ObserverName, QuantConfig, 
 from lightning_quant.errors import CaptureError, ConfigError
 from lightning_quant.layers import nearest, relative
 from lightning_quant.placement import imitate, uncompile
+from lightning_quant.qconfig import own_classes
 
 
 def backend_of(config: QuantConfig) -> Backend:
     """The module of this package that has the backend."""
     backend: Backend = import_module(f"{__name__}.{config.backend}")
     return backend
+
+
+def check_classes(config: QuantConfig) -> None:
+    """Refuse a user's own observers and fake quantizes that the backend cannot take.
+
+    Raises:
+        ConfigError: One derives from nothing that it knows.
+        MissingExtraError: The backend needs a package that is not installed.
+    """
+    layers = [spec for layer in config.layers for spec in (layer.activation, layer.weight) if spec is not None]
+    for spec in (config.activation, config.weight, *layers):
+        if "." not in spec.observer + spec.fake_quantize:
+            continue  # no need to import torchao
+        if config.backend == "pt2e":
+            from lightning_quant.backends import pt2e_quantizer
+
+            pt2e_quantizer.own_classes(spec)
+        else:
+            own_classes(spec)
 
 
 def as_call(example_inputs: Any) -> Call:

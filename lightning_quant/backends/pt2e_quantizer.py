@@ -277,7 +277,7 @@ def activation_spec(config: QuantConfig, method: Method) -> Any:
     names, spec = pt2e(), config.activation
     low, high = activation_range(spec)
     qscheme = getattr(torch, "per_tensor_affine" if spec.qscheme == "auto" else spec.qscheme)
-    own, own_rounding = _own_classes(spec)
+    own, own_rounding = own_classes(spec)
     if method == "dynamic":
         observer = names.PlaceholderObserver
     elif method == "static" and own is not None:
@@ -310,8 +310,12 @@ def activation_spec(config: QuantConfig, method: Method) -> Any:
     )
 
 
-def _own_classes(spec: TensorSpec) -> tuple[Any, Any]:
-    """The user's observer and fake quantize, None where there is none."""
+def own_classes(spec: TensorSpec) -> tuple[Any, Any]:
+    """The user's observer and fake quantize, None where there is none.
+
+    Raises:
+        ConfigError: They are none of torchao.
+    """
     names, library = pt2e(), "torchao.quantization.pt2e"
     return (
         own_class(spec.observer, "observer", names.ObserverBase, library),
@@ -338,7 +342,7 @@ def weight_spec(config: QuantConfig, method: Method, axis: int | None) -> Any:
     moving = names.MovingAveragePerChannelMinMaxObserver if per_channel else names.MovingAverageMinMaxObserver
     exact = names.PerChannelMinMaxObserver if per_channel else names.MinMaxObserver
     observer: Any
-    own, own_rounding = _own_classes(config.weight)
+    own, own_rounding = own_classes(config.weight)
     if method == "qat":
         # averaging_constant=1: the range is that of the weights as they are now, without memory
         settings: dict[str, Any] = {"observer": own} if own else {"observer": moving, "averaging_constant": 1.0}
