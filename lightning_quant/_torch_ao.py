@@ -57,6 +57,7 @@ try:
     from torch.ao.quantization.fx.fuse import fuse as fuse_graph
     from torch.ao.quantization.fx.prepare import prepare as prepare_graph
     from torch.ao.quantization.fx.tracer import QuantizationTracer
+    from torch.ao.quantization.fx.utils import assert_and_get_unique_device as _remembered_devices
     from torch.ao.quantization.qconfig_mapping import get_default_qat_qconfig_mapping, get_default_qconfig_mapping
     from torch.ao.quantization.quantization_mappings import (
         get_default_dynamic_quant_module_mappings,
@@ -122,6 +123,7 @@ __all__ = [
     "convert_graph",
     "convert_jit",
     "convert_modules",
+    "forget_models",
     "fuse_graph",
     "fused_quantized_modules",
     "get_default_dynamic_quant_module_mappings",
@@ -147,6 +149,20 @@ __all__ = [
     "reference_modules",
     "swap_float_functional",
 ]
+
+
+def forget_models() -> None:
+    """Let the models be freed that torch.ao has prepared and converted.
+
+    It remembers the device of each of them for good, with the model as key of an unbounded cache
+    (``torch/ao/quantization/fx/utils.py``, ``assert_and_get_unique_device``, in all versions up to 2.14), and so does
+    torchao (``torchao/utils.py``, up to 0.18).
+    """
+    utils = sys.modules.get("torchao.utils")
+    for function in (_remembered_devices, getattr(utils, "_assert_and_get_unique_device", None)):
+        cache_clear = getattr(function, "cache_clear", None)
+        if cache_clear is not None:
+            cache_clear()
 
 
 def is_fake_quantize(module: object) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import fx, nn
 
-from lightning_quant._torch_ao import is_fake_quantize, is_observer, quiet
+from lightning_quant._torch_ao import forget_models, is_fake_quantize, is_observer, quiet
 from lightning_quant.arguments import Call, Interface
 from lightning_quant.config import Method, QuantConfig
 from lightning_quant.errors import CalibrationError, CaptureError, ConfigError
@@ -133,9 +133,12 @@ def engine(name: str) -> Iterator[None]:
 
 @contextmanager
 def working(config: QuantConfig) -> Iterator[None]:
-    """Torch.ao packs for the current engine, warns, and draws random numbers for weights that it then fills."""
-    with quiet(), engine(config.engine), torch.random.fork_rng(devices=[]):
-        yield
+    """Torch.ao packs for the current engine, warns, draws random numbers for weights that it then fills, remembers."""
+    try:
+        with quiet(), engine(config.engine), torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        forget_models()
 
 
 def twin_of(model: nn.Module, *, share: bool) -> nn.Module:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import operator
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -183,10 +184,26 @@ def _silent() -> Iterator[None]:
                 logger.setLevel(level)
 
 
+@contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """Forget the graph that a strict export leaves among the globals of torch's own code, with the target's weights."""
+
+    def compiled() -> set[str]:
+        module = sys.modules.get("torch._dynamo.functional_export")
+        return {name for name in vars(module) if name.startswith("__compiled_fn")} if module else set()
+
+    before = compiled()
+    try:
+        yield
+    finally:
+        for name in compiled() - before:
+            delattr(sys.modules["torch._dynamo.functional_export"], name)
+
+
 def _export(root: nn.Module, data: tuple[Any, ...], shapes: tuple[Any, ...]) -> torch.export.ExportedProgram:
     try:
         # not strict, attributes that forward changes would be constants of the graph without a word
-        with without_fast_path(), _silent(), torch.random.fork_rng(devices=[]):
+        with without_fast_path(), _silent(), _nothing_compiled(), torch.random.fork_rng(devices=[]):
             return torch.export.export(root, data, dynamic_shapes=(shapes,), strict=True)
     except Exception as error:  # torch.export's own errors, and those of the code that it runs
         raise CaptureError(
