@@ -155,7 +155,7 @@ def _rows(inputs: Any, rows: Any) -> Any:
 def _fit(learner: Learner, loaders: list[DataLoader[Any]], callbacks: list[Any]) -> dict[str, float]:
     """Train for an epoch; the metrics of its validation."""
     learner.train()  # Lightning leaves each module in the mode in which it comes
-    torch.manual_seed(0)
+    pl.seed_everything(0, verbose=False)  # masks and dropouts of both trainings are the same
     trainer = pl.Trainer(
         max_epochs=1,
         accelerator="cpu",
