@@ -341,14 +341,7 @@ def deliver(
         formats=entries,
         formats_left_out=left_out,
         kept=_kept(quantized),
-        float_layers={
-            **captured.float_layers,
-            **{
-                row.name: row.reason
-                for row in covered.rows
-                if row.weighted and not row.int8 and row.name not in captured.float_layers
-            },
-        },
+        float_layers=_float_layers(quantized, captured, covered),
         fused=_fused(quantized),
         notes=notes,
     )
@@ -436,6 +429,27 @@ def _fused(quantized: Quantized) -> list[tuple[str, ...]]:
     ]
 
 
+def _float_layers(quantized: Quantized, captured: Capture, covered: Coverage) -> dict[str, str]:
+    """Every layer that stays float, and why.
+
+    What runs inside of a TorchScript program runs under the name of the program. A row of that name says nothing where
+    the float layers of the program are known by their own names.
+    """
+    found = dict(captured.float_layers)
+    rows = [row for row in covered.rows if row.weighted and not row.int8 and row.name not in found]
+    for name, graph in quantized.converted.items():
+        if any(isinstance(part, torch.jit.ScriptModule) for part in graph.modules()):
+            found |= {_join(name, layer): reason for layer, reason in info(graph).float_layers.items()}
+            own = [row for row in rows if row.name == (name or "forward")]
+            if len(own) <= sum(_is_within(layer, name) for layer in found):
+                rows = [row for row in rows if row not in own]
+    return found | {row.name: row.reason for row in rows}
+
+
+def _is_within(name: str, module: str) -> bool:
+    return not module or name.startswith(module + ".")
+
+
 def _check_coverage(covered: Coverage, config: QuantConfig) -> None:
     least = 0.5 if config.min_coverage is None else config.min_coverage
     weighted = [row for row in covered.rows if row.weighted]
@@ -472,12 +486,6 @@ def _coverage(quantized: Quantized, captured: Capture, sample: Sample, parts: li
         for name, graph in quantized.converted.items()
         for layer, reason in info(graph).float_layers.items()
     }
-    # a program does not tell which of its layers ran
-    inside = {
-        place: "; ".join(f"{layer}: {reason}" for layer, reason in info(quantized.converted[name]).float_layers.items())
-        for place, name in places.items()
-        if any(isinstance(part, torch.jit.ScriptModule) for part in quantized.converted[name].modules())
-    }
     renamed = []
     for row in found.rows:
         name = row.name
@@ -485,7 +493,6 @@ def _coverage(quantized: Quantized, captured: Capture, sample: Sample, parts: li
             if name == place or name.startswith(place + "."):
                 inner = name[len(place) + 1 :]
                 name = ".".join(x for x in (target, "" if inner == LAYER else inner) if x) or "forward"
-        own = inside.get(row.name) or row.reason
-        reason = row.reason if row.int8 else known.get(name, captured.float_layers.get(name, own))
+        reason = row.reason if row.int8 else known.get(name, captured.float_layers.get(name, row.reason))
         renamed.append(replace(row, name=name, reason=reason))
     return Coverage(tuple(renamed))

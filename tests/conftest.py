@@ -94,12 +94,22 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     return report
 
 
-@pytest.fixture(autouse=True)
-def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fixed seeds, and a folder of its own for what a test writes without being told where (``lightning_logs``)."""
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """Random tensors of a test module are the same in every run, whatever was imported before it."""
+    if isinstance(collector, pytest.Module):
+        _seed()
+
+
+def _seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fixed seeds, and a folder of its own for what a test writes without being told where (``lightning_logs``)."""
+    _seed()
     monkeypatch.chdir(tmp_path)
 
 

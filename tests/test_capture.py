@@ -181,9 +181,9 @@ def test_data_inside_of_an_object_is_not_taken_for_a_setting() -> None:
 
 
 @pytest.mark.parametrize("method", ["static", "qat"])
-def test_an_output_that_torch_cannot_observe_leaves_the_children(method: Method) -> None:
-    model = model_of(lambda self, x: {"y": self.body(x), "steps": 3}, body=Mlp())
-    assert names(capture(model, X, method=method)) == ["body"]
+def test_an_output_may_hold_what_is_no_tensor(method: Method) -> None:
+    model = model_of(lambda self, x: {"y": self.body(x), "steps": 3, "names": ["a", None]}, body=Mlp())
+    assert names(capture(model, X, method=method)) == [""]
 
 
 # ---- what is left alone

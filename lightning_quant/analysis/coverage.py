@@ -9,11 +9,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_quant._torch_ao import RECURRENT_MODULES, FusedModule
+from lightning_quant.backends.graph import place_of
 from lightning_quant.modes import without_fast_path
 
 _ATEN = torch.ops.aten
@@ -102,6 +103,7 @@ class _Names:
         self.inside_recurrent = 0
         self.recurrent: list[tuple[str, str, int, bool]] = []
         self.handles: list[Any] = []
+        self.exported: list[fx.GraphModule] = []
 
     def __enter__(self) -> _Names:
         for name, module in self.model.named_modules():
@@ -113,6 +115,10 @@ class _Names:
             recurrent = isinstance(module, (*RECURRENT_MODULES, *nn_recurrent))
             self.handles.append(module.register_forward_pre_hook(partial(self._enter, shown, recurrent)))
             self.handles.append(module.register_forward_hook(partial(self._leave, recurrent), always_call=True))
+            if isinstance(module, fx.GraphModule) and _is_exported(module):
+                # an attribute of its own is called before the method of its class
+                module.forward = _Named(module, shown, self.stack).run
+                self.exported.append(module)
         return self
 
     def _enter(self, name: str, recurrent: bool, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -129,10 +135,33 @@ class _Names:
     def __exit__(self, *_: object) -> None:
         for handle in self.handles:
             handle.remove()
+        for module in self.exported:
+            del module.forward
 
     @property
     def current(self) -> str:
         return self.stack[-1] if self.stack else ""
+
+
+class _Named(fx.Interpreter):
+    """Runs an exported graph, each operator under the name of the module that it came from."""
+
+    def __init__(self, module: fx.GraphModule, name: str, stack: list[str]) -> None:
+        super().__init__(module)
+        self.name = name
+        self.stack = stack
+
+    def run_node(self, n: fx.Node) -> Any:
+        place = place_of(n)
+        self.stack.append(f"{self.name}.{place}" if self.name and place else self.name or place)
+        try:
+            return super().run_node(n)
+        finally:
+            self.stack.pop()
+
+
+def _is_exported(module: fx.GraphModule) -> bool:
+    return any(isinstance(node.target, torch._ops.OpOverload) and place_of(node) for node in module.graph.nodes)
 
 
 def _recurrent_macs(module: Any, x: Any) -> int:

@@ -288,3 +288,11 @@ def try_out(
 
 class CannotRun(CaptureError):
     """It was captured, but the library that quantizes it failed."""
+
+
+def place_of(node: fx.Node) -> str:
+    """Name of the module, inside of what was exported, in whose forward a node of an exported graph stood."""
+    stack = [
+        path for path, _ in node.meta.get("nn_module_stack", {}).values() if not path.startswith("_empty_nn_module")
+    ]
+    return str(stack[-1]) if stack else ""

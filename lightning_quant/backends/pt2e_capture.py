@@ -23,6 +23,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lightning_quant.arguments import Call, Interface, batch_size, signature_of, with_batch
+from lightning_quant.backends.graph import place_of
 from lightning_quant.backends.state import carries, put_back, state_of
 from lightning_quant.errors import CaptureError, first_line, where
 from lightning_quant.modes import without_fast_path
@@ -256,14 +257,6 @@ def _plain_graph(program: torch.export.ExportedProgram) -> fx.GraphModule:
         }
     graph.set_codegen(fx.graph.CodeGen())
     return fx.GraphModule(holder, graph)
-
-
-def place_of(node: fx.Node) -> str:
-    """Name of the module of the target in whose forward a node stood."""
-    stack = [
-        path for path, _ in node.meta.get("nn_module_stack", {}).values() if not path.startswith("_empty_nn_module")
-    ]
-    return str(stack[-1]) if stack else ""
 
 
 #: Operators with a mode: the position of the argument that says it, and what it is in evaluation.

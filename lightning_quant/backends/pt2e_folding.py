@@ -26,7 +26,7 @@ from torch import fx, nn
 
 from lightning_quant._torch_ao import is_fake_quantize, is_observer
 from lightning_quant.backends.constants import value_of
-from lightning_quant.backends.pt2e_capture import place_of
+from lightning_quant.backends.graph import place_of
 from lightning_quant.fusion import FusedGroup
 
 _ATEN = torch.ops.aten

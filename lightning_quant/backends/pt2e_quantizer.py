@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from lightning_quant._torch_ao import pt2e
-from lightning_quant.backends.pt2e_capture import place_of
+from lightning_quant.backends.graph import place_of
 from lightning_quant.backends.pt2e_folding import (
     LINEAR,
     WEIGHTED,
@@ -183,6 +183,8 @@ def _why_float(node: fx.Node) -> str:
     kind = kind_of(node)
     if kind in ("lstm", "gru", "rnn_tanh", "rnn_relu", "quantized_lstm"):
         return "torchao has no int8 form of recurrent layers: use backend='fx'"
+    if kind in ("embedding", "embedding_bag", "_embedding_bag"):
+        return "torchao's quantizers leave embeddings in float: use backend='fx'"
     if node.target in WEIGHTED and node.target not in (_ATEN.matmul.default, _ATEN.mm.default, _ATEN.addmm.default):
         return "its weight is computed from data"
     if kind in ("bilinear", "_trilinear", "einsum"):

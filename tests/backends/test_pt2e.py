@@ -115,7 +115,8 @@ def settled(model: nn.Module, *inputs: torch.Tensor) -> nn.Module:
 def calibrated(model: nn.Module, example: torch.Tensor, config: QuantConfig = PT2E, method: Any = "static") -> Any:
     prepared = prepare(model, config, method=method, example_inputs=example)
     with torch.no_grad():
-        for _ in range(4):
+        prepared(example)
+        for _ in range(3):
             prepared(torch.randn_like(example) if example.is_floating_point() else torch.randint_like(example, 20))
     return prepared
 
@@ -183,10 +184,12 @@ def test_dynamic_quantizes_linear_layers(net: str) -> None:
     converted = convert(prepare(model, PT2E, method="dynamic", example_inputs=example))
     with torch.no_grad():
         assert sqnr_db(model(example), converted(example)) > 30
-    assert {row.int8 for row in coverage(converted, example).rows if row.weighted and "rnn" not in row.op} == {True}
+    rows = [row for row in coverage(converted, example).rows if row.weighted]
+    assert {row.int8 for row in rows if "rnn" not in row.op and "embedding" not in row.op} == {True}
     if net == "tagger":
         assert info(converted).float_layers == {
-            "lstm": "torchao has no int8 form of recurrent layers: use backend='fx'"
+            "embed": "torchao's quantizers leave embeddings in float: use backend='fx'",
+            "lstm": "torchao has no int8 form of recurrent layers: use backend='fx'",
         }
 
 
