@@ -8,6 +8,9 @@ VENV_OLDEST := .venv-oldest
 # the lower bound in pyproject.toml
 TORCH_OLDEST := torch==2.13.0
 
+# processes side by side with one thread each: small networks gain nothing from a second thread
+FAST := -n auto --maxprocesses 8 --dist loadfile
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -28,11 +31,11 @@ format: $(VENV)/.installed  ## sort imports, fix what ruff can fix, and format
 	$(VENV)/bin/ruff format .
 
 test: $(VENV)/.installed  ## the fast tests
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(FAST)
 
 # without torchvision: what PyPI has does not import beside every build of the oldest torch
 test-oldest: $(VENV_OLDEST)/.installed  ## the fast tests with the oldest supported torch, and lightning alone
-	$(VENV_OLDEST)/bin/python -m pytest -m "not slow and not zoo and not torchvision"
+	OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest $(FAST) -m "not slow and not zoo and not torchvision"
 
 test-slow: $(VENV)/.installed  ## the slow tests; run `make data` first
 	$(VENV)/bin/python -m pytest -m slow

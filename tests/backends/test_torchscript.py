@@ -602,8 +602,8 @@ def test_the_report_says_why_a_layer_inside_of_a_program_is_float() -> None:
     callback = PostTrainingQuantization(TRACE, method="dynamic")
     trainer(callback).validate(Classifier(Recurrent()), datamodule=Digits(), verbose=False)
     report: Any = callback.report
-    reason = "lstm: TorchScript graph mode quantizes Linear only dynamically; use backend='fx' or 'eager'"
-    assert report.float_layers == {"net": reason}
+    reason = "TorchScript graph mode quantizes Linear only dynamically; use backend='fx' or 'eager'"
+    assert report.float_layers == {"net.lstm": reason}
     assert report.coverage < 0.5
 
 
