@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_quant._torch_ao import (
-    FakeQuantize,
     FakeQuantizeBase,
     MinMaxObserver,
     MovingAverageMinMaxObserver,
@@ -25,10 +24,11 @@ from lightning_quant._torch_ao import (
     get_default_qat_qconfig_mapping,
     get_default_qconfig_mapping,
 )
+from lightning_quant._torch_ao import FakeQuantize as TorchFakeQuantize
 from lightning_quant.config import Method, QuantConfig, TensorSpec
 from lightning_quant.custom import load_class
 from lightning_quant.errors import ConfigError
-from lightning_quant.fake_quantize import SharedFakeQuantize
+from lightning_quant.fake_quantize import FakeQuantize
 from lightning_quant.observers import HistogramObserver
 
 CONVS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -152,10 +152,10 @@ def _activation(config: QuantConfig, method: Method) -> Any:
     if own is not None or own_rounding is not None:
         averaging = {} if own is not None else {"averaging_constant": AVERAGING_CONSTANT}
         observer = own or MovingAverageMinMaxObserver
-        return made_with(own_rounding or FakeQuantize, {"observer": observer, **averaging, **shared}, observer)
-    # the fused kernel computes the moving average itself, so that it is the only estimator of training
+        return made_with(own_rounding or TorchFakeQuantize, {"observer": observer, **averaging, **shared}, observer)
+    # it computes the moving average itself, so that this is the only estimator of training
     return _constructor(
-        SharedFakeQuantize, observer=MovingAverageMinMaxObserver, averaging_constant=AVERAGING_CONSTANT, **shared
+        FakeQuantize, observer=MovingAverageMinMaxObserver, averaging_constant=AVERAGING_CONSTANT, **shared
     )
 
 
@@ -175,12 +175,11 @@ def _weight(config: QuantConfig, method: Method, *, per_tensor: bool) -> Any:
     if method == "qat" and (own is not None or own_rounding is not None):
         averaging = {} if own is not None else {"averaging_constant": 1.0}
         observer = own or moving
-        return made_with(own_rounding or FakeQuantize, {"observer": observer, **averaging, **shared}, observer)
+        return made_with(own_rounding or TorchFakeQuantize, {"observer": observer, **averaging, **shared}, observer)
     if own is not None:
         return made_with(own, shared)
     if method == "qat":
         # averaging_constant=1: the range is that of the weights as they are now, without memory
-        # Not torch's fused kernel: its scales of symmetric ranges are not those that the observer gives to convert.
         return FakeQuantize.with_args(observer=moving, averaging_constant=1.0, **shared)
     return (moving if spec.observer == "moving_average" else exact).with_args(**shared)
 

@@ -33,7 +33,7 @@ from lightning_quant.backends.beginning import (
 from lightning_quant.backends.finishing import finished, observe_weights
 from lightning_quant.backends.graph import Feasible, Prepared, engine, info, with_info, working
 from lightning_quant.config import Method, QuantConfig, resolve
-from lightning_quant.fake_quantize import SharedFakeQuantize
+from lightning_quant.fake_quantize import FakeQuantize
 from lightning_quant.fusion import fuse
 from lightning_quant.qconfig import RNNS, layer_qconfig, qconfig_mapping
 
@@ -144,8 +144,8 @@ def _count_sharing(prepared: fx.GraphModule) -> None:
     calls = [prepared.get_submodule(str(node.target)) for node in prepared.graph.nodes if node.op == "call_module"]
     counts = Counter(id(module) for module in calls)
     for module in calls:
-        if isinstance(module, SharedFakeQuantize):
-            module.calls_per_forward = counts[id(module)]
+        if isinstance(module, FakeQuantize):
+            module.sharing.calls_per_forward = counts[id(module)]
 
 
 def convert(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None) -> fx.GraphModule:

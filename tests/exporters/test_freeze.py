@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-#: 64 MB of weights, and how much more memory the process has after each of five programs.
+#: 64 MB of weights, and how much more memory the process has after each of seven programs.
 PROGRAM = """
 import gc
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 from lightning_quant.exporters.torchscript import freeze
 torch.set_num_threads(1)
 MEGABYTES = []
-for _ in range(5):
+for _ in range(7):
     {make}
     with torch.no_grad():
         for _ in range(3):
@@ -34,7 +34,7 @@ STOCK = "program = torch.jit.freeze(torch.jit.trace(nn.Linear(4000, 4000).eval()
 def test_a_program_that_is_gone_takes_its_weights_along(make: str, grows: bool) -> None:
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM.format(make=make)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    # three programs of 64 MB; half of one for what allocators keep
-    assert (float(done.stdout) > 150) == grows
+    # five programs of 64 MB; allocators keep now and then what one of them needed
+    assert (float(done.stdout) > 256) == grows
     if not grows:
-        assert float(done.stdout) < 32
+        assert float(done.stdout) < 96

@@ -1,0 +1,189 @@
+/* Fake quantize on the CPU: the range of a tensor, its rounding to a grid of integers, and the gradient.
+ *
+ * Values are those of torch.fake_quantize_per_tensor_affine and ..._per_channel_affine, bit for bit:
+ *     q = round(x * (1 / scale)) + zero_point,    y = (clamp(q, quant_min, quant_max) - zero_point) * scale,
+ * all in float32, rounding half to even, NaN to quant_min. The gradient is that of y if q is within the range, else 0
+ * (the straight-through estimator of Bengio et al. 2013, https://arxiv.org/abs/1308.3432).
+ *
+ * Compile without contraction of a * b + c, which would round once where torch rounds twice. Tensors are dense; whoever
+ * calls holds the memory, and does not call for 0 elements.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+/* Below this number of elements a second thread costs more than it saves (torch's own grain size). */
+#define GRAIN 32768
+
+/* How floats become integers and back. */
+typedef struct {
+    int32_t quant_min, quant_max;
+    int32_t symmetric;             /* zero_point is `middle`, and the range is as wide on both sides */
+    int32_t middle;
+    float eps;                     /* the least scale */
+    float averaging;               /* weight of the newest range in the average; 1: no memory */
+} Grid;
+
+typedef uint16_t bf16;
+
+static inline float from_float(float x) { return x; }
+static inline float from_bf16(bf16 x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float y;
+    memcpy(&y, &bits, sizeof y);
+    return y;
+}
+static inline float to_float(float x) { return x; }
+/* Rounds half to even, as c10::BFloat16 does. What is rounded here is never NaN, except a gradient. */
+static inline bf16 to_bf16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    if (x != x) return 0x7FC0;
+    return (bf16)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+/* The scale and the zero point of a range, by the formulas of torch's observers (UniformQuantizationObserverBase). */
+static void qparams(const Grid *grid, float low, float high, float *scale, int32_t *zero_point) {
+    float steps = (float)(grid->quant_max - grid->quant_min);
+    if (!(low <= high)) { /* nothing was seen yet */
+        *scale = 1;
+        *zero_point = 0;
+        return;
+    }
+    if (low > 0) low = 0;
+    if (high < 0) high = 0;
+    if (grid->symmetric) {
+        float most = -low > high ? -low : high;
+        float s = most / (steps / 2);
+        *scale = s > grid->eps ? s : grid->eps;
+        *zero_point = grid->middle;
+        return;
+    }
+    float s = (high - low) / steps;
+    s = s > grid->eps ? s : grid->eps;
+    float z = (float)grid->quant_min - nearbyintf(low / s);
+    if (z < (float)grid->quant_min) z = (float)grid->quant_min;
+    if (z > (float)grid->quant_max) z = (float)grid->quant_max;
+    *scale = s;
+    *zero_point = (int32_t)z;
+}
+
+/* Move the average towards a range. The first range is taken as it is, and one that is not finite not at all. */
+static void follow(const Grid *grid, const float *range, float *low, float *high) {
+    if (!(isfinite(range[0]) && isfinite(range[1]))) return;
+    if (grid->averaging == 1.0f || isinf(*low)) {
+        *low = range[0];
+        *high = range[1];
+        return;
+    }
+    *low = *low + grid->averaging * (range[0] - *low);
+    *high = *high + grid->averaging * (range[1] - *high);
+}
+
+#define DEFINE(T, LOAD, STORE, SUFFIX)                                                                                \
+                                                                                                                      \
+/* Widen `range` (min, max) to what x shows; NaN, where x has one that is not finite. */                              \
+static void widen_##SUFFIX(const T *x, int64_t n, float *range) {                                                     \
+    float low = INFINITY, high = -INFINITY, check = 0;                                                                \
+    int64_t i;                                                                                                        \
+    _Pragma("omp simd reduction(min:low) reduction(max:high) reduction(+:check)")                                     \
+    for (i = 0; i < n; i++) {                                                                                         \
+        float v = LOAD(x[i]);                                                                                         \
+        low = v < low ? v : low;                                                                                      \
+        high = v > high ? v : high;                                                                                   \
+        check += v * 0.0f; /* NaN from then on */                                                                     \
+    }                                                                                                                 \
+    range[0] = (low < range[0] ? low : range[0]) + check;                                                             \
+    range[1] = (high > range[1] ? high : range[1]) + check;                                                           \
+}                                                                                                                     \
+                                                                                                                      \
+static void round_##SUFFIX(const T *x, T *y, uint8_t *mask, int64_t n, const Grid *grid, float scale, int32_t zero) { \
+    float inverse = 1.0f / scale, offset = (float)zero;                                                               \
+    float least = (float)grid->quant_min, most = (float)grid->quant_max;                                              \
+    int64_t i;                                                                                                        \
+    if (mask)                                                                                                         \
+        for (i = 0; i < n; i++) {                                                                                     \
+            float q = nearbyintf(LOAD(x[i]) * inverse) + offset;                                                      \
+            float c = q > least ? q : least;                                                                          \
+            c = c < most ? c : most;                                                                                  \
+            mask[i] = c == q;                                                                                         \
+            y[i] = STORE((c - offset) * scale);                                                                       \
+        }                                                                                                             \
+    else                                                                                                              \
+        for (i = 0; i < n; i++) {                                                                                     \
+            float q = nearbyintf(LOAD(x[i]) * inverse) + offset;                                                      \
+            float c = q > least ? q : least;                                                                          \
+            c = c < most ? c : most;                                                                                  \
+            y[i] = STORE((c - offset) * scale);                                                                       \
+        }                                                                                                             \
+}                                                                                                                     \
+                                                                                                                      \
+/* The range of x (n elements) into `range`: min and max, NaN where something is not finite. */                       \
+void lq_range_##SUFFIX(const T *x, int64_t n, float *range, int threads) {                                            \
+    float low = INFINITY, high = -INFINITY, check = 0;                                                                \
+    int64_t blocks = (n + GRAIN - 1) / GRAIN, b;                                                                      \
+    _Pragma("omp parallel for num_threads(threads) reduction(min:low) reduction(max:high) reduction(+:check) if (blocks > 1)") \
+    for (b = 0; b < blocks; b++) {                                                                                    \
+        float found[2] = {INFINITY, -INFINITY};                                                                       \
+        int64_t start = b * GRAIN, size = n - start < GRAIN ? n - start : GRAIN;                                      \
+        widen_##SUFFIX(x + start, size, found);                                                                       \
+        low = found[0] < low ? found[0] : low;                                                                        \
+        high = found[1] > high ? found[1] : high;                                                                     \
+        check += found[0] * 0.0f;                                                                                     \
+    }                                                                                                                 \
+    range[0] = low + check;                                                                                           \
+    range[1] = high + check;                                                                                          \
+}                                                                                                                     \
+                                                                                                                      \
+/* One scale for x (n elements). low, high: the average range, moved if `observe`; scale, zero_point: written.        \
+ * y: written, unless NULL. mask: 1 where the gradient passes, unless NULL. */                                        \
+void lq_per_tensor_##SUFFIX(const T *x, T *y, uint8_t *mask, int64_t n, const Grid *grid, int observe, float *low,    \
+                            float *high, float *scale, int32_t *zero_point, int threads) {                            \
+    int64_t blocks = (n + GRAIN - 1) / GRAIN, b;                                                                      \
+    if (observe) {                                                                                                    \
+        float range[2];                                                                                               \
+        lq_range_##SUFFIX(x, n, range, threads);                                                                      \
+        follow(grid, range, low, high);                                                                               \
+    }                                                                                                                 \
+    qparams(grid, *low, *high, scale, zero_point);                                                                    \
+    if (!y) return;                                                                                                   \
+    _Pragma("omp parallel for num_threads(threads) if (blocks > 1)")                                                  \
+    for (b = 0; b < blocks; b++) {                                                                                    \
+        int64_t start = b * GRAIN, size = n - start < GRAIN ? n - start : GRAIN;                                      \
+        round_##SUFFIX(x + start, y + start, mask ? mask + start : 0, size, grid, *scale, *zero_point);               \
+    }                                                                                                                 \
+}                                                                                                                     \
+                                                                                                                      \
+/* One scale for each channel of x (outer, channels, inner); low, high, scale, zero_point: (channels). */             \
+void lq_per_channel_##SUFFIX(const T *x, T *y, uint8_t *mask, int64_t outer, int64_t channels, int64_t inner,         \
+                             const Grid *grid, int observe, float *low, float *high, float *scale,                    \
+                             int32_t *zero_point, int threads) {                                                      \
+    int64_t c;                                                                                                        \
+    _Pragma("omp parallel for num_threads(threads) if (outer * channels * inner > GRAIN)")                            \
+    for (c = 0; c < channels; c++) {                                                                                  \
+        int64_t o;                                                                                                    \
+        if (observe) {                                                                                                \
+            float range[2] = {INFINITY, -INFINITY};                                                                   \
+            for (o = 0; o < outer; o++) widen_##SUFFIX(x + (o * channels + c) * inner, inner, range);                 \
+            follow(grid, range, low + c, high + c);                                                                   \
+        }                                                                                                             \
+        qparams(grid, low[c], high[c], scale + c, zero_point + c);                                                    \
+        for (o = 0; y && o < outer; o++) {                                                                            \
+            int64_t start = (o * channels + c) * inner;                                                               \
+            round_##SUFFIX(x + start, y + start, mask ? mask + start : 0, inner, grid, scale[c], zero_point[c]);      \
+        }                                                                                                             \
+    }                                                                                                                 \
+}                                                                                                                     \
+                                                                                                                      \
+/* x = g where the mask is 1, and g * 0 elsewhere, as torch has it. */                                                \
+void lq_gradient_##SUFFIX(const T *g, const uint8_t *mask, T *x, int64_t n, int threads) {                            \
+    int64_t blocks = (n + GRAIN - 1) / GRAIN, b;                                                                      \
+    _Pragma("omp parallel for num_threads(threads) if (blocks > 1)")                                                  \
+    for (b = 0; b < blocks; b++) {                                                                                    \
+        int64_t i, end = (b + 1) * GRAIN < n ? (b + 1) * GRAIN : n;                                                   \
+        for (i = b * GRAIN; i < end; i++) x[i] = STORE(LOAD(g[i]) * (float)mask[i]);                                  \
+    }                                                                                                                 \
+}
+
+DEFINE(float, from_float, to_float, float32)
+DEFINE(bf16, from_bf16, to_bf16, bfloat16)
