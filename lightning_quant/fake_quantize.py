@@ -148,14 +148,14 @@ def _with_kernels(
     if rounding and x.requires_grad and torch.is_grad_enabled():
         rounded: torch.Tensor = _StraightThrough.apply(x, compiled, module, observing)
         return rounded
-    y, _ = _run(compiled, module, x.detach(), observing, rounding, masked=False)
+    y, _, _ = _run(compiled, module, x.detach(), observing, rounding, masked=False)
     return x if y is None else y
 
 
 def _run(
     compiled: native.Kernels, module: Any, x: torch.Tensor, observing: bool, rounding: bool, masked: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """``(y, mask)``, each None if not asked for; both have the strides of ``x`` where ``x`` is dense."""
+) -> tuple[torch.Tensor | None, torch.Tensor | None, bool]:
+    """``(y, mask, clipped)``: the first two None if not asked for, and with the strides of ``x`` where it is dense."""
     observer = module.activation_post_process
     per_channel = observer.qscheme in _PER_CHANNEL
     y = torch.empty_like(x)
@@ -180,7 +180,7 @@ def _run(
     else:
         sizes = (x.numel(),)
     function = (compiled.per_channel if per_channel else compiled.per_tensor)[x.dtype]
-    function(
+    clipped = function(
         *pointers,
         *sizes,
         ctypes.addressof(grid),
@@ -191,7 +191,7 @@ def _run(
         module.zero_point.data_ptr(),
         torch.get_num_threads(),
     )
-    return (y if rounding else None), mask
+    return (y if rounding else None), mask, bool(clipped)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -202,14 +202,20 @@ class _StraightThrough(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, compiled: native.Kernels, module: Any, observing: bool
     ) -> torch.Tensor | None:
         """See :func:`fake_quantize`."""
-        y, mask = _run(compiled, module, x, observing, True, masked=True)
+        # a range that was just taken from all of x, as that of a weight is, clips nothing
+        whole = observing and getattr(module.activation_post_process, "averaging_constant", 1.0) == 1
+        y, mask, clipped = _run(compiled, module, x, observing, True, masked=not whole)
+        if clipped and whole:  # what is not finite is
+            y, mask, _ = _run(compiled, module, x, False, True, masked=True)
         ctx.compiled = compiled
-        ctx.save_for_backward(mask)
+        ctx.save_for_backward(*([mask] if clipped else []))
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
         """``gradient`` where the mask is set; 0 elsewhere."""
+        if not ctx.saved_tensors:  # nothing was clipped
+            return gradient, None, None, None
         (mask,) = ctx.saved_tensors
         if torch.is_grad_enabled() or gradient.dtype not in native.DTYPES or type(gradient) is not torch.Tensor:
             return gradient * mask, None, None, None  # a gradient of it may be asked for

@@ -64,7 +64,7 @@ class Kernels:
             functions = {}
             for dtype in DTYPES:
                 function = getattr(library, f"lq_{name}_{str(dtype).removeprefix('torch.')}")
-                function.argtypes, function.restype = types, None
+                function.argtypes, function.restype = types, ctypes.c_int if name.startswith("per_") else None
                 functions[dtype] = function
             setattr(self, name, functions)
 

@@ -97,25 +97,32 @@ static void widen_##SUFFIX(const T *x, int64_t n, float *range) {               
     range[1] = (high > range[1] ? high : range[1]) + check;                                                           \
 }                                                                                                                     \
                                                                                                                       \
-static void round_##SUFFIX(const T *x, T *y, uint8_t *mask, int64_t n, const Grid *grid, float scale, int32_t zero) { \
+static int round_##SUFFIX(const T *x, T *y, uint8_t *mask, int64_t n, const Grid *grid, float scale, int32_t zero) {  \
     float inverse = 1.0f / scale, offset = (float)zero;                                                               \
     float least = (float)grid->quant_min, most = (float)grid->quant_max;                                              \
+    int clipped = 0;                                                                                                  \
     int64_t i;                                                                                                        \
-    if (mask)                                                                                                         \
+    if (mask) {                                                                                                       \
+        _Pragma("omp simd reduction(|:clipped)")                                                                      \
         for (i = 0; i < n; i++) {                                                                                     \
             float q = nearbyintf(LOAD(x[i]) * inverse) + offset;                                                      \
             float c = q > least ? q : least;                                                                          \
             c = c < most ? c : most;                                                                                  \
             mask[i] = c == q;                                                                                         \
+            clipped |= c != q;                                                                                        \
             y[i] = STORE((c - offset) * scale);                                                                       \
         }                                                                                                             \
-    else                                                                                                              \
+    } else {                                                                                                          \
+        _Pragma("omp simd reduction(|:clipped)")                                                                      \
         for (i = 0; i < n; i++) {                                                                                     \
             float q = nearbyintf(LOAD(x[i]) * inverse) + offset;                                                      \
             float c = q > least ? q : least;                                                                          \
             c = c < most ? c : most;                                                                                  \
+            clipped |= c != q;                                                                                        \
             y[i] = STORE((c - offset) * scale);                                                                       \
         }                                                                                                             \
+    }                                                                                                                 \
+    return clipped;                                                                                                   \
 }                                                                                                                     \
                                                                                                                       \
 /* The range of x (n elements) into `range`: min and max, NaN where something is not finite. */                       \
@@ -136,30 +143,33 @@ void lq_range_##SUFFIX(const T *x, int64_t n, float *range, int threads) {      
 }                                                                                                                     \
                                                                                                                       \
 /* One scale for x (n elements). low, high: the average range, moved if `observe`; scale, zero_point: written.        \
- * y: written, unless NULL. mask: 1 where the gradient passes, unless NULL. */                                        \
-void lq_per_tensor_##SUFFIX(const T *x, T *y, uint8_t *mask, int64_t n, const Grid *grid, int observe, float *low,    \
-                            float *high, float *scale, int32_t *zero_point, int threads) {                            \
+ * y: written, unless NULL. mask: 1 where the gradient passes, unless NULL. Returns whether it does not somewhere. */ \
+int lq_per_tensor_##SUFFIX(const T *x, T *y, uint8_t *mask, int64_t n, const Grid *grid, int observe, float *low,     \
+                           float *high, float *scale, int32_t *zero_point, int threads) {                             \
     int64_t blocks = (n + GRAIN - 1) / GRAIN, b;                                                                      \
+    int clipped = 0;                                                                                                  \
     if (observe) {                                                                                                    \
         float range[2];                                                                                               \
         lq_range_##SUFFIX(x, n, range, threads);                                                                      \
         follow(grid, range, low, high);                                                                               \
     }                                                                                                                 \
     qparams(grid, *low, *high, scale, zero_point);                                                                    \
-    if (!y) return;                                                                                                   \
-    _Pragma("omp parallel for num_threads(threads) if (blocks > 1)")                                                  \
+    if (!y) return 0;                                                                                                 \
+    _Pragma("omp parallel for num_threads(threads) reduction(|:clipped) if (blocks > 1)")                             \
     for (b = 0; b < blocks; b++) {                                                                                    \
         int64_t start = b * GRAIN, size = n - start < GRAIN ? n - start : GRAIN;                                      \
-        round_##SUFFIX(x + start, y + start, mask ? mask + start : 0, size, grid, *scale, *zero_point);               \
+        clipped |= round_##SUFFIX(x + start, y + start, mask ? mask + start : 0, size, grid, *scale, *zero_point);    \
     }                                                                                                                 \
+    return clipped;                                                                                                   \
 }                                                                                                                     \
                                                                                                                       \
 /* One scale for each channel of x (outer, channels, inner); low, high, scale, zero_point: (channels). */             \
-void lq_per_channel_##SUFFIX(const T *x, T *y, uint8_t *mask, int64_t outer, int64_t channels, int64_t inner,         \
-                             const Grid *grid, int observe, float *low, float *high, float *scale,                    \
-                             int32_t *zero_point, int threads) {                                                      \
+int lq_per_channel_##SUFFIX(const T *x, T *y, uint8_t *mask, int64_t outer, int64_t channels, int64_t inner,          \
+                            const Grid *grid, int observe, float *low, float *high, float *scale,                     \
+                            int32_t *zero_point, int threads) {                                                       \
     int64_t c;                                                                                                        \
-    _Pragma("omp parallel for num_threads(threads) if (outer * channels * inner > GRAIN)")                            \
+    int clipped = 0;                                                                                                  \
+    _Pragma("omp parallel for num_threads(threads) reduction(|:clipped) if (outer * channels * inner > GRAIN)")       \
     for (c = 0; c < channels; c++) {                                                                                  \
         int64_t o;                                                                                                    \
         if (observe) {                                                                                                \
@@ -170,9 +180,11 @@ void lq_per_channel_##SUFFIX(const T *x, T *y, uint8_t *mask, int64_t outer, int
         qparams(grid, low[c], high[c], scale + c, zero_point + c);                                                    \
         for (o = 0; y && o < outer; o++) {                                                                            \
             int64_t start = (o * channels + c) * inner;                                                               \
-            round_##SUFFIX(x + start, y + start, mask ? mask + start : 0, inner, grid, scale[c], zero_point[c]);      \
+            uint8_t *passed = mask ? mask + start : 0;                                                                \
+            clipped |= round_##SUFFIX(x + start, y + start, passed, inner, grid, scale[c], zero_point[c]);            \
         }                                                                                                             \
     }                                                                                                                 \
+    return clipped;                                                                                                   \
 }                                                                                                                     \
                                                                                                                       \
 /* x = g where the mask is 1, and g * 0 elsewhere, as torch has it. */                                                \

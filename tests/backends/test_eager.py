@@ -43,7 +43,7 @@ from lightning_quant.backends.eager_stubs import Functional
 from lightning_quant.backends.graph import info, is_graph, link, observers
 from lightning_quant.config import Method, resolve
 from lightning_quant.exporters.qdq import to_qdq
-from lightning_quant.fake_quantize import SharedFakeQuantize
+from lightning_quant.fake_quantize import FakeQuantize
 from lightning_quant.qconfig import layer_qconfig
 
 EAGER = QuantConfig(backend="eager")
@@ -552,7 +552,7 @@ def test_trainable_layers_are_those_of_fx() -> None:
     for backend in ("eager", "fx"):
         prepared = prepare(net, QuantConfig(backend=backend), method="qat", example_inputs=x)
         kinds.append({n: type(m) for n, m in prepared.named_modules() if hasattr(m, "weight_fake_quant")})
-        seen = [m for m in prepared.modules() if isinstance(m, SharedFakeQuantize)]
+        seen = [m for m in prepared.modules() if isinstance(m, FakeQuantize)]
         assert seen
         for module in seen:
             assert module.activation_post_process.averaging_constant == 0.1
