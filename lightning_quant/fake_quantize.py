@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from lightning_quant import native
 from lightning_quant._torch_ao import FakeQuantize as TorchFakeQuantize
 
 _PER_CHANNEL = (torch.per_channel_affine, torch.per_channel_symmetric)
+UNCLAMPED = (-math.inf, math.inf)
 _SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
 
 
@@ -54,50 +57,60 @@ class FakeQuantize(TorchFakeQuantize):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.sharing = Sharing()
+        #: ``(least, most)``: what comes in is clamped to it first, as by a ReLU; see backends/hiding.py.
+        self.clamp: tuple[float, float] = UNCLAMPED
 
     def forward(self, X: torch.Tensor) -> torch.Tensor:
         """``X`` of any shape, float32 or bfloat16 (others with torch's kernels); rounded to the grid if that is on."""
-        return fake_quantize(self, X, self.sharing)
+        return fake_quantize(self, X)
 
 
-def fake_quantize(module: Any, x: torch.Tensor, sharing: Sharing) -> torch.Tensor:
-    """Observe ``x`` if ``module.observer_enabled``, and round it if ``module.fake_quant_enabled``.
+def fake_quantize(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """Clamp ``x``, observe it if ``module.observer_enabled``, and round it if ``module.fake_quant_enabled``.
 
     Args:
-        module: A ``FakeQuantize`` of torch.ao or torchao around an observer of a moving average of min and max.
+        module: A ``FakeQuantize`` of torch.ao or torchao around an observer of a moving average of min and max, with
+            the attributes ``sharing`` and ``clamp`` of :class:`FakeQuantize`.
         x: Of any shape; with a scale per channel, the dimension ``module.ch_axis`` has the channels.
-        sharing: That of the module.
 
     Returns:
         ``(clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale``, of the shape, dtype and
-        device of ``x``, differentiable by the straight-through estimator; ``x`` itself if rounding is off.
+        device of ``x``, differentiable by the straight-through estimator; the clamped ``x`` if rounding is off.
     """
     if not torch.compiler.is_compiling():
-        return _eagerly(module, x, sharing)
-    return _in_a_graph(module, x) if sharing.calls_per_forward == 1 else _between_graphs(module, x, sharing)
+        return _eagerly(module, x)
+    return _in_a_graph(module, x) if module.sharing.calls_per_forward == 1 else _between_graphs(module, x)
 
 
 @torch.compiler.disable
-def _between_graphs(module: Any, x: torch.Tensor, sharing: Sharing) -> torch.Tensor:
-    return _eagerly(module, x, sharing)
+def _between_graphs(module: Any, x: torch.Tensor) -> torch.Tensor:
+    return _eagerly(module, x)
 
 
-def _eagerly(module: Any, x: torch.Tensor, sharing: Sharing) -> torch.Tensor:
+def _eagerly(module: Any, x: torch.Tensor) -> torch.Tensor:
     observing, rounding = _is_on(module, "observer_enabled"), _is_on(module, "fake_quant_enabled")
     if not (observing or rounding) or x.numel() == 0:
-        return x
-    if observing and sharing.calls_per_forward > 1:
-        _observe_shared(module, x.detach(), sharing)
+        return _clamped(module, x)
+    if observing and module.sharing.calls_per_forward > 1:
+        _observe_shared(module, _clamped(module, x.detach()), module.sharing)
         observing = False
         if not rounding:
-            return x
+            return _clamped(module, x)
     compiled = native.kernels() if _is_plain(module, x) else None
     if compiled is not None:
         return _with_kernels(compiled, module, x, observing, rounding)
+    x = _clamped(module, x)
     if observing:
         _keep_range(module, *_followed(module, *_range(module, x.detach())))
     _keep_qparams(module)
     return _rounded(module, x) if rounding else x
+
+
+def _clamped(module: Any, x: torch.Tensor) -> torch.Tensor:
+    least, most = module.clamp
+    if module.clamp == UNCLAMPED:
+        return x
+    return F.relu(x) if (least, most) == (0, math.inf) else F.hardtanh(x, least, most)
 
 
 def _is_on(module: Any, name: str) -> bool:
@@ -127,7 +140,7 @@ def _is_plain(module: Any, x: torch.Tensor) -> bool:
     )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _grid(*values: Any) -> native.Grid:
     return native.Grid(*values)
 
@@ -139,7 +152,8 @@ def _grid_of(module: Any) -> native.Grid:
         middle = (observer.quant_min + observer.quant_max) // 2 if observer.has_customized_qrange else 128
     averaging = getattr(observer, "averaging_constant", 1.0)
     symmetric = observer.qscheme in _SYMMETRIC
-    return _grid(observer.quant_min, observer.quant_max, symmetric, middle, observer.eps.item(), averaging)
+    eps = observer.eps.item()
+    return _grid(observer.quant_min, observer.quant_max, symmetric, middle, eps, averaging, *module.clamp)
 
 
 def _with_kernels(
@@ -149,7 +163,7 @@ def _with_kernels(
         rounded: torch.Tensor = _StraightThrough.apply(x, compiled, module, observing)
         return rounded
     y, _, _ = _run(compiled, module, x.detach(), observing, rounding, masked=False)
-    return x if y is None else y
+    return _clamped(module, x) if y is None else y
 
 
 def _run(
@@ -308,12 +322,11 @@ def _rounded(module: Any, x: torch.Tensor) -> torch.Tensor:
 def _in_a_graph(module: Any, x: torch.Tensor) -> torch.Tensor:
     """The same without a look at a value, so that ``torch.compile`` can have it in its graph."""
     observer = module.activation_post_process
+    x = _clamped(module, x)
     observing = module.observer_enabled != 0
     low, high = _followed(module, *_range(module, x.detach()))
     observing = observing.reshape(()).expand(low.shape)
-    _keep_range(
-        module, torch.where(observing, low, observer.min_val), torch.where(observing, high, observer.max_val)
-    )
+    _keep_range(module, torch.where(observing, low, observer.min_val), torch.where(observing, high, observer.max_val))
     _keep_qparams(module)
     rounding = (module.fake_quant_enabled != 0).reshape(())
     return torch.where(rounding, _rounded(module, x), x)

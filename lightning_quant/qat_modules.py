@@ -43,6 +43,10 @@ def _conv_bn(module: Any, x: torch.Tensor) -> torch.Tensor:
     return normalised
 
 
+def _relu(module: Any, x: torch.Tensor) -> torch.Tensor:
+    return F.relu(x) if module.clamps else x
+
+
 class ConvBn1d(qat_conv_bn_modules.ConvBn1d):
     """See the module's docstring."""
 
@@ -67,22 +71,61 @@ class ConvBn3d(qat_conv_bn_modules.ConvBn3d):
 class ConvBnReLU1d(qat_conv_bn_modules.ConvBnReLU1d):
     """See the module's docstring."""
 
-    def _forward(self, input: torch.Tensor) -> torch.Tensor:
-        return _conv_bn(self, input)
+    clamps = True
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """As the class it derives from; see ``WITH_RELU``."""
+        return _relu(self, _conv_bn(self, input))
+
+
+class ConvReLU1d(qat_conv_bn_modules.ConvReLU1d):
+    """See ``WITH_RELU``."""
+
+    clamps = True
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """As the class it derives from."""
+        return _relu(self, self._conv_forward(input, self.weight_fake_quant(self.weight), self.bias))
 
 
 class ConvBnReLU2d(qat_conv_bn_modules.ConvBnReLU2d):
     """See the module's docstring."""
 
-    def _forward(self, input: torch.Tensor) -> torch.Tensor:
-        return _conv_bn(self, input)
+    clamps = True
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """As the class it derives from; see ``WITH_RELU``."""
+        return _relu(self, _conv_bn(self, input))
+
+
+class ConvReLU2d(qat_conv_bn_modules.ConvReLU2d):
+    """See ``WITH_RELU``."""
+
+    clamps = True
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """As the class it derives from."""
+        return _relu(self, self._conv_forward(input, self.weight_fake_quant(self.weight), self.bias))
 
 
 class ConvBnReLU3d(qat_conv_bn_modules.ConvBnReLU3d):
     """See the module's docstring."""
 
-    def _forward(self, input: torch.Tensor) -> torch.Tensor:
-        return _conv_bn(self, input)
+    clamps = True
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """As the class it derives from; see ``WITH_RELU``."""
+        return _relu(self, _conv_bn(self, input))
+
+
+class ConvReLU3d(qat_conv_bn_modules.ConvReLU3d):
+    """See ``WITH_RELU``."""
+
+    clamps = True
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """As the class it derives from."""
+        return _relu(self, self._conv_forward(input, self.weight_fake_quant(self.weight), self.bias))
 
 
 class LinearBn1d(qat_conv_bn_modules.LinearBn1d):
@@ -94,11 +137,22 @@ class LinearBn1d(qat_conv_bn_modules.LinearBn1d):
         return normalised
 
 
+class LinearReLU(qat_conv_bn_modules.LinearReLU):
+    """See ``WITH_RELU``."""
+
+    clamps = True
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """``(..., in) -> (..., out)``."""
+        return _relu(self, F.linear(input, self.weight_fake_quant(self.weight), self.bias))
+
+
+#: Those that are folded with a batch norm.
+WITH_BATCH_NORM: Any = (ConvBn1d, ConvBn2d, ConvBn3d, ConvBnReLU1d, ConvBnReLU2d, ConvBnReLU3d, LinearBn1d)
+#: Those with a ReLU at their end. With ``clamps = False`` it is left to what reads them.
+WITH_RELU: Any = (ConvBnReLU1d, ConvBnReLU2d, ConvBnReLU3d, ConvReLU1d, ConvReLU2d, ConvReLU3d, LinearReLU)
 #: Torch's trainable module -> ours.
-REPLACEMENTS: dict[type, type] = {
-    cls.__mro__[1]: cls for cls in (ConvBn1d, ConvBn2d, ConvBn3d, ConvBnReLU1d, ConvBnReLU2d, ConvBnReLU3d, LinearBn1d)
-}
-TYPES: Any = tuple(REPLACEMENTS.values())
+REPLACEMENTS: dict[type, type] = {cls.__mro__[1]: cls for cls in (*WITH_BATCH_NORM, *WITH_RELU)}
 
 
 def with_own_modules(config: BackendConfig) -> BackendConfig:

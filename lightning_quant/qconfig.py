@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lightning_quant._torch_ao import FakeQuantize as TorchFakeQuantize
 from lightning_quant._torch_ao import (
     FakeQuantizeBase,
     MinMaxObserver,
@@ -24,7 +25,6 @@ from lightning_quant._torch_ao import (
     get_default_qat_qconfig_mapping,
     get_default_qconfig_mapping,
 )
-from lightning_quant._torch_ao import FakeQuantize as TorchFakeQuantize
 from lightning_quant.config import Method, QuantConfig, TensorSpec
 from lightning_quant.custom import load_class
 from lightning_quant.errors import ConfigError

@@ -131,7 +131,7 @@ def batch_norms_inside(prepared: nn.Module, traced: Traced, groups: tuple[FusedG
 def _inside(prepared: nn.Module, group: FusedGroup) -> Iterator[tuple[str, str]]:
     name = group.members[0]
     fused = _get(prepared, name)
-    if isinstance(fused, qat_modules.TYPES) and len(group.members) > 1:
+    if isinstance(fused, qat_modules.WITH_BATCH_NORM) and len(group.members) > 1:
         yield f"{name}.bn", group.members[1]
     elif isinstance(fused, nn.Sequential):
         for number, (part, member) in enumerate(zip(fused, group.members, strict=False)):

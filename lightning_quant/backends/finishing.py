@@ -12,6 +12,7 @@ from lightning_quant import qat_modules
 from lightning_quant._torch_ao import FakeQuantizeBase, ObserverBase
 from lightning_quant.backends.constants import fold_weights, is_constant, is_layer, value_of
 from lightning_quant.backends.graph import check_seen, info
+from lightning_quant.backends.hiding import restore
 from lightning_quant.backends.swapping import put_quantized
 
 
@@ -37,6 +38,7 @@ def finished(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None) -> fx.
     # not copied with the rest: they are those of the caller, or hold graphs of their own
     twin = copy.deepcopy(prepared, {id(prepared.get_submodule(name)): module for name, module in kept.items()})
     twin.cpu().eval()
+    restore(twin)
     put_quantized(twin, info(prepared).swapped)
     with torch.no_grad():
         module: Any
@@ -45,7 +47,7 @@ def finished(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None) -> fx.
             if not isinstance(fake_quantize, FakeQuantizeBase):
                 continue
             weight = module.weight
-            if isinstance(module, qat_modules.TYPES):
+            if isinstance(module, qat_modules.WITH_BATCH_NORM):
                 norm: Any = module.bn
                 factor = norm.weight / torch.sqrt(norm.running_var + norm.eps)
                 weight = weight * factor.reshape([-1] + [1] * (weight.dim() - 1))

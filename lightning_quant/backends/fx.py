@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 from torch import fx, nn
 
 from lightning_quant._torch_ao import (
@@ -32,8 +30,8 @@ from lightning_quant.backends.beginning import (
 )
 from lightning_quant.backends.finishing import finished, observe_weights
 from lightning_quant.backends.graph import Feasible, Prepared, engine, info, with_info, working
+from lightning_quant.backends.hiding import count_sharing, hide_observers, move_clamps
 from lightning_quant.config import Method, QuantConfig, resolve
-from lightning_quant.fake_quantize import FakeQuantize
 from lightning_quant.fusion import fuse
 from lightning_quant.qconfig import RNNS, layer_qconfig, qconfig_mapping
 
@@ -116,8 +114,11 @@ def _prepare_traced(begun: Begun, method: Method, between: bool) -> fx.GraphModu
         prepare_custom_config=PrepareCustomConfig(),
         backend_config=backend_config,
     )
-    _count_sharing(prepared)
+    if method != "dynamic":
+        hide_observers(prepared)
     if training:
+        count_sharing(prepared)
+        move_clamps(prepared)
         observe_weights(prepared)
     known = Prepared(
         config=config,
@@ -137,15 +138,6 @@ def _prepare_traced(begun: Begun, method: Method, between: bool) -> fx.GraphModu
 
 def _is_called_elsewhere(node: fx.Node, floats: list[fx.Node]) -> bool:
     return any(other.target == node.target and other not in floats for other in node.graph.nodes)
-
-
-def _count_sharing(prepared: fx.GraphModule) -> None:
-    """Tell each fake quantize how many tensors share it."""
-    calls = [prepared.get_submodule(str(node.target)) for node in prepared.graph.nodes if node.op == "call_module"]
-    counts = Counter(id(module) for module in calls)
-    for module in calls:
-        if isinstance(module, FakeQuantize):
-            module.sharing.calls_per_forward = counts[id(module)]
 
 
 def convert(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None) -> fx.GraphModule:

@@ -33,7 +33,7 @@ _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
 #: Function -> types of its arguments; each is there once for each of ``DTYPES``.
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
-    "range": (_POINTER, _SIZE, _POINTER, _INT),
+    "range": (_POINTER, _SIZE, _POINTER, _POINTER, _INT),
     "per_tensor": (*[_POINTER] * 3, _SIZE, _POINTER, _INT, *[_POINTER] * 4, _INT),
     "per_channel": (*[_POINTER] * 3, *[_SIZE] * 3, _POINTER, _INT, *[_POINTER] * 4, _INT),
     "gradient": (*[_POINTER] * 3, _SIZE, _INT),
@@ -52,6 +52,8 @@ class Grid(ctypes.Structure):
         ("middle", ctypes.c_int32),
         ("eps", ctypes.c_float),
         ("averaging", ctypes.c_float),
+        ("least", ctypes.c_float),
+        ("most", ctypes.c_float),
     )
 
 

@@ -22,7 +22,14 @@ typedef struct {
     int32_t middle;
     float eps;                     /* the least scale */
     float averaging;               /* weight of the newest range in the average; 1: no memory */
+    float least, most;             /* x is clamped to these first, as ReLU and hardtanh do; -inf and inf: not */
 } Grid;
+
+/* NaN stays. */
+static inline float clamp(float x, float least, float most) {
+    x = x < least ? least : x;
+    return x > most ? most : x;
+}
 
 typedef uint16_t bf16;
 
@@ -83,12 +90,12 @@ static void follow(const Grid *grid, const float *range, float *low, float *high
 #define DEFINE(T, LOAD, STORE, SUFFIX)                                                                                \
                                                                                                                       \
 /* Widen `range` (min, max) to what x shows; NaN, where x has one that is not finite. */                              \
-static void widen_##SUFFIX(const T *x, int64_t n, float *range) {                                                     \
-    float low = INFINITY, high = -INFINITY, check = 0;                                                                \
+static void widen_##SUFFIX(const T *x, int64_t n, const Grid *grid, float *range) {                                   \
+    float low = INFINITY, high = -INFINITY, check = 0, least = grid->least, most = grid->most;                        \
     int64_t i;                                                                                                        \
     _Pragma("omp simd reduction(min:low) reduction(max:high) reduction(+:check)")                                     \
     for (i = 0; i < n; i++) {                                                                                         \
-        float v = LOAD(x[i]);                                                                                         \
+        float v = clamp(LOAD(x[i]), least, most);                                                                     \
         low = v < low ? v : low;                                                                                      \
         high = v > high ? v : high;                                                                                   \
         check += v * 0.0f; /* NaN from then on */                                                                     \
@@ -98,27 +105,30 @@ static void widen_##SUFFIX(const T *x, int64_t n, float *range) {               
 }                                                                                                                     \
                                                                                                                       \
 static int round_##SUFFIX(const T *x, T *y, uint8_t *mask, int64_t n, const Grid *grid, float scale, int32_t zero) {  \
-    float inverse = 1.0f / scale, offset = (float)zero;                                                               \
-    float least = (float)grid->quant_min, most = (float)grid->quant_max;                                              \
+    float inverse = 1.0f / scale, offset = (float)zero, least = grid->least, most = grid->most;                       \
+    float first = (float)grid->quant_min, last = (float)grid->quant_max;                                              \
     int clipped = 0;                                                                                                  \
     int64_t i;                                                                                                        \
     if (mask) {                                                                                                       \
         _Pragma("omp simd reduction(|:clipped)")                                                                      \
         for (i = 0; i < n; i++) {                                                                                     \
-            float q = nearbyintf(LOAD(x[i]) * inverse) + offset;                                                      \
-            float c = q > least ? q : least;                                                                          \
-            c = c < most ? c : most;                                                                                  \
-            mask[i] = c == q;                                                                                         \
-            clipped |= c != q;                                                                                        \
+            float v = LOAD(x[i]);                                                                                     \
+            float q = nearbyintf(clamp(v, least, most) * inverse) + offset;                                           \
+            float c = q > first ? q : first;                                                                          \
+            c = c < last ? c : last;                                                                                  \
+            int passes = (c == q) & (v > least) & (v < most);                                                         \
+            mask[i] = passes;                                                                                         \
+            clipped |= !passes;                                                                                       \
             y[i] = STORE((c - offset) * scale);                                                                       \
         }                                                                                                             \
     } else {                                                                                                          \
         _Pragma("omp simd reduction(|:clipped)")                                                                      \
         for (i = 0; i < n; i++) {                                                                                     \
-            float q = nearbyintf(LOAD(x[i]) * inverse) + offset;                                                      \
-            float c = q > least ? q : least;                                                                          \
-            c = c < most ? c : most;                                                                                  \
-            clipped |= c != q;                                                                                        \
+            float v = LOAD(x[i]);                                                                                     \
+            float q = nearbyintf(clamp(v, least, most) * inverse) + offset;                                           \
+            float c = q > first ? q : first;                                                                          \
+            c = c < last ? c : last;                                                                                  \
+            clipped |= !((c == q) & (v > least) & (v < most));                                                        \
             y[i] = STORE((c - offset) * scale);                                                                       \
         }                                                                                                             \
     }                                                                                                                 \
@@ -126,14 +136,14 @@ static int round_##SUFFIX(const T *x, T *y, uint8_t *mask, int64_t n, const Grid
 }                                                                                                                     \
                                                                                                                       \
 /* The range of x (n elements) into `range`: min and max, NaN where something is not finite. */                       \
-void lq_range_##SUFFIX(const T *x, int64_t n, float *range, int threads) {                                            \
+void lq_range_##SUFFIX(const T *x, int64_t n, const Grid *grid, float *range, int threads) {                          \
     float low = INFINITY, high = -INFINITY, check = 0;                                                                \
     int64_t blocks = (n + GRAIN - 1) / GRAIN, b;                                                                      \
-    _Pragma("omp parallel for num_threads(threads) reduction(min:low) reduction(max:high) reduction(+:check) if (blocks > 1)") \
+    _Pragma("omp parallel for num_threads(threads) reduction(min:low) reduction(max:high) reduction(+:check) if (blocks > 1)")\
     for (b = 0; b < blocks; b++) {                                                                                    \
         float found[2] = {INFINITY, -INFINITY};                                                                       \
         int64_t start = b * GRAIN, size = n - start < GRAIN ? n - start : GRAIN;                                      \
-        widen_##SUFFIX(x + start, size, found);                                                                       \
+        widen_##SUFFIX(x + start, size, grid, found);                                                                 \
         low = found[0] < low ? found[0] : low;                                                                        \
         high = found[1] > high ? found[1] : high;                                                                     \
         check += found[0] * 0.0f;                                                                                     \
@@ -150,7 +160,7 @@ int lq_per_tensor_##SUFFIX(const T *x, T *y, uint8_t *mask, int64_t n, const Gri
     int clipped = 0;                                                                                                  \
     if (observe) {                                                                                                    \
         float range[2];                                                                                               \
-        lq_range_##SUFFIX(x, n, range, threads);                                                                      \
+        lq_range_##SUFFIX(x, n, grid, range, threads);                                                                \
         follow(grid, range, low, high);                                                                               \
     }                                                                                                                 \
     qparams(grid, *low, *high, scale, zero_point);                                                                    \
@@ -174,7 +184,7 @@ int lq_per_channel_##SUFFIX(const T *x, T *y, uint8_t *mask, int64_t outer, int6
         int64_t o;                                                                                                    \
         if (observe) {                                                                                                \
             float range[2] = {INFINITY, -INFINITY};                                                                   \
-            for (o = 0; o < outer; o++) widen_##SUFFIX(x + (o * channels + c) * inner, inner, range);                 \
+            for (o = 0; o < outer; o++) widen_##SUFFIX(x + (o * channels + c) * inner, inner, grid, range);           \
             follow(grid, range, low + c, high + c);                                                                   \
         }                                                                                                             \
         qparams(grid, low[c], high[c], scale + c, zero_point + c);                                                    \
