@@ -13,6 +13,7 @@ import functools
 import math
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -21,7 +22,6 @@ from torch.nn import functional as F
 from lightning_quant import native
 from lightning_quant._torch_ao import FakeQuantize as TorchFakeQuantize
 
-_PER_CHANNEL = (torch.per_channel_affine, torch.per_channel_symmetric)
 UNCLAMPED = (-math.inf, math.inf)
 _SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
 
@@ -54,15 +54,26 @@ class FakeQuantize(TorchFakeQuantize):
     observed, so that averages of weights (EMA) leave them in agreement; tensors may share one (:class:`Sharing`).
     """
 
+    sharing: Sharing
+    clamp: tuple[float, float]
+    is_symmetric: bool
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.sharing = Sharing()
-        #: ``(least, most)``: what comes in is clamped to it first, as by a ReLU; see backends/hiding.py.
-        self.clamp: tuple[float, float] = UNCLAMPED
+        complete(self)
 
     def forward(self, X: torch.Tensor) -> torch.Tensor:
         """``X`` of any shape, float32 or bfloat16 (others with torch's kernels); rounded to the grid if that is on."""
         return fake_quantize(self, X)
+
+
+def complete(module: Any) -> None:
+    """Give a ``FakeQuantize`` of torch.ao or torchao the attributes that :func:`fake_quantize` reads."""
+    module.sharing = Sharing()
+    #: ``(least, most)``: what comes in is clamped to it first, as by a ReLU; see backends/hiding.py.
+    module.clamp = UNCLAMPED
+    # a bool beside torch's is_per_channel: what torch.compile compiled for one qscheme it runs for any other
+    module.is_symmetric = module.qscheme in _SYMMETRIC
 
 
 def fake_quantize(module: Any, x: torch.Tensor) -> torch.Tensor:
@@ -70,7 +81,7 @@ def fake_quantize(module: Any, x: torch.Tensor) -> torch.Tensor:
 
     Args:
         module: A ``FakeQuantize`` of torch.ao or torchao around an observer of a moving average of min and max, with
-            the attributes ``sharing`` and ``clamp`` of :class:`FakeQuantize`.
+            what :func:`complete` gives it.
         x: Of any shape; with a scale per channel, the dimension ``module.ch_axis`` has the channels.
 
     Returns:
@@ -113,15 +124,20 @@ def _clamped(module: Any, x: torch.Tensor) -> torch.Tensor:
     return F.relu(x) if (least, most) == (0, math.inf) else F.hardtanh(x, least, most)
 
 
+#: Flags as they were last read: module -> name -> (buffer, its version, value). Not on the module: copies of it would
+#: come with what was read of the other's.
+_FLAGS: WeakKeyDictionary[nn.Module, dict[str, tuple[torch.Tensor, int, bool]]] = WeakKeyDictionary()
+
+
 def _is_on(module: Any, name: str) -> bool:
     """Whether the flag is set. Read from its buffer only when that has changed: on a GPU each look is a wait."""
     buffer = module._buffers[name]
     if buffer.is_inference():  # it has no version
         return bool(buffer.item())
-    known = module.__dict__.get("_read_" + name)
+    found = _FLAGS.setdefault(module, {})
+    known = found.get(name)
     if known is None or known[0] is not buffer or known[1] != buffer._version:
-        known = (buffer, buffer._version, bool(buffer.item()))
-        module.__dict__["_read_" + name] = known
+        known = found[name] = (buffer, buffer._version, bool(buffer.item()))
     return known[2]
 
 
@@ -145,15 +161,19 @@ def _grid(*values: Any) -> native.Grid:
     return native.Grid(*values)
 
 
+def _middle(observer: Any) -> int:
+    """The zero point of symmetric ranges."""
+    if observer.dtype not in (torch.quint8, torch.uint8):
+        return 0
+    return (observer.quant_min + observer.quant_max) // 2 if observer.has_customized_qrange else 128
+
+
 def _grid_of(module: Any) -> native.Grid:
     observer = module.activation_post_process
-    middle = 0
-    if observer.dtype in (torch.quint8, torch.uint8):
-        middle = (observer.quant_min + observer.quant_max) // 2 if observer.has_customized_qrange else 128
     averaging = getattr(observer, "averaging_constant", 1.0)
-    symmetric = observer.qscheme in _SYMMETRIC
     eps = observer.eps.item()
-    return _grid(observer.quant_min, observer.quant_max, symmetric, middle, eps, averaging, *module.clamp)
+    ends = observer.quant_min, observer.quant_max
+    return _grid(*ends, module.is_symmetric, _middle(observer), eps, averaging, *module.clamp)
 
 
 def _with_kernels(
@@ -171,7 +191,7 @@ def _run(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, bool]:
     """``(y, mask, clipped)``: the first two None if not asked for, and with the strides of ``x`` where it is dense."""
     observer = module.activation_post_process
-    per_channel = observer.qscheme in _PER_CHANNEL
+    per_channel = module.is_per_channel
     y = torch.empty_like(x)
     if y.stride() != x.stride() or per_channel:  # not dense; or channels are asked for where they are by the shape
         x = x.contiguous()
@@ -190,7 +210,7 @@ def _run(
             outer *= size
         for size in x.shape[axis + 1 :]:
             inner *= size
-        sizes = (outer, channels, inner)
+        sizes: tuple[int, ...] = (outer, channels, inner)
     else:
         sizes = (x.numel(),)
     function = (compiled.per_channel if per_channel else compiled.per_tensor)[x.dtype]
@@ -226,7 +246,7 @@ class _StraightThrough(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         """``gradient`` where the mask is set; 0 elsewhere."""
         if not ctx.saved_tensors:  # nothing was clipped
             return gradient, None, None, None
@@ -248,23 +268,24 @@ class _StraightThrough(torch.autograd.Function):
 def _range(module: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Min and max, float32, of the whole or of each channel."""
     x = x.to(torch.float32)
-    if module.activation_post_process.qscheme not in _PER_CHANNEL:
+    if not module.is_per_channel:
         low, high = torch.aminmax(x)
         return low, high
     axis = module.ch_axis % x.dim()
     low, high = torch.aminmax(x.movedim(axis, 0).reshape(x.shape[axis], -1), dim=1)
-    if module.activation_post_process.min_val.numel() != x.shape[axis]:
-        _make_room(module, x.shape[axis])
+    _make_room(module, x.shape[axis])
     return low, high
 
 
 def _make_room(module: Any, channels: int) -> None:
-    """Give buffers one value for each channel, of which none was seen."""
+    """Give buffers one value for each channel. Ranges that were of another shape have seen nothing."""
     observer = module.activation_post_process
-    observer.min_val.resize_(channels).fill_(float("inf"))
-    observer.max_val.resize_(channels).fill_(float("-inf"))
-    module.scale.resize_(channels)
-    module.zero_point.resize_(channels)
+    if observer.min_val.numel() != channels:
+        observer.min_val.resize_(channels).fill_(math.inf)
+        observer.max_val.resize_(channels).fill_(-math.inf)
+    if module.scale.numel() != channels:
+        module.scale.resize_(channels)
+        module.zero_point.resize_(channels)
 
 
 def _followed(module: Any, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -295,9 +316,9 @@ def _keep_qparams(module: Any) -> None:
     seen = observer.min_val <= observer.max_val
     low, high = observer.min_val.clamp(max=0), observer.max_val.clamp(min=0)
     least, most = observer.quant_min, observer.quant_max
-    if observer.qscheme in _SYMMETRIC:
+    if module.is_symmetric:
         scale = torch.maximum(torch.maximum(-low, high) / ((most - least) / 2), observer.eps)
-        zero_point = torch.full_like(scale, _grid_of(module).middle)
+        zero_point = torch.full_like(scale, _middle(observer))
     else:
         scale = torch.maximum((high - low) / float(most - least), observer.eps)
         zero_point = (least - torch.round(low / scale)).clamp(least, most)
@@ -312,7 +333,7 @@ def _rounded(module: Any, x: torch.Tensor) -> torch.Tensor:
     observer = module.activation_post_process
     wide = x.to(torch.float32) if x.dtype in (torch.bfloat16, torch.float16) else x
     ends = observer.quant_min, observer.quant_max
-    if observer.qscheme in _PER_CHANNEL:
+    if module.is_per_channel:
         y = torch.fake_quantize_per_channel_affine(wide, module.scale, module.zero_point, module.ch_axis, *ends)
     else:
         y = torch.fake_quantize_per_tensor_affine(wide, module.scale, module.zero_point, *ends)

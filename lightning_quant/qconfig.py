@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from lightning_quant._torch_ao import (
 from lightning_quant.config import Method, QuantConfig, TensorSpec
 from lightning_quant.custom import load_class
 from lightning_quant.errors import ConfigError
-from lightning_quant.fake_quantize import FakeQuantize
+from lightning_quant.fake_quantize import FakeQuantize, Sharing
 from lightning_quant.observers import HistogramObserver
 
 CONVS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -117,7 +118,8 @@ def _first(constructor: Constructor) -> nn.Module:
 def _as_new(module: nn.Module) -> nn.Module:
     """A copy of a module that has buffers, settings and submodules of that kind, and nothing else."""
     twin: nn.Module = type(module).__new__(type(module))
-    twin.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()})
+    own = (dict, Sharing)  # what changes
+    twin.__dict__.update({k: copy.copy(v) if isinstance(v, own) else v for k, v in module.__dict__.items()})
     for name, buffer in module._buffers.items():
         twin._buffers[name] = None if buffer is None else buffer.clone()
     for name, child in module._modules.items():

@@ -120,7 +120,7 @@ def move_clamps(prepared: fx.GraphModule) -> None:
         if not isinstance(rounding, FakeQuantize) or rounding.sharing.calls_per_forward != 1:
             continue
         source: Any = node.args[0]
-        if not isinstance(source, fx.Node) or len(source.users) != 1:
+        if len(source.users) != 1:
             continue
         layer = _called(source, modules)
         clamp = _clamp_of(source, modules)
