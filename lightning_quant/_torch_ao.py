@@ -186,7 +186,6 @@ _PT2E: dict[str, tuple[str, ...]] = {
     "torchao.quantization.pt2e": (
         "FakeQuantize",
         "FakeQuantizeBase",
-        "FusedMovingAvgObsFakeQuantize",
         "HistogramObserver",
         "MinMaxObserver",
         "MovingAverageMinMaxObserver",

@@ -76,6 +76,11 @@ def complete(module: Any) -> None:
     module.is_symmetric = module.qscheme in _SYMMETRIC
 
 
+def is_ours(module: object) -> bool:
+    """Whether ``module`` computes with :func:`fake_quantize`."""
+    return isinstance(getattr(module, "sharing", None), Sharing)
+
+
 def fake_quantize(module: Any, x: torch.Tensor) -> torch.Tensor:
     """Clamp ``x``, observe it if ``module.observer_enabled``, and round it if ``module.fake_quant_enabled``.
 

@@ -31,6 +31,7 @@ from lightning_quant.backends.eager_stubs import insert_stubs, make_modules
 from lightning_quant.backends.eager_swapping import QConfigs, int8_modules, observe, swap, trainable_modules
 from lightning_quant.backends.finishing import finished, observe_weights
 from lightning_quant.backends.graph import Feasible, Prepared, engine, info, with_info, working
+from lightning_quant.backends.hiding import move_relus
 from lightning_quant.config import Method, QuantConfig, resolve
 from lightning_quant.errors import ConfigError
 from lightning_quant.fusion import fuse
@@ -97,6 +98,7 @@ def _prepare_traced(begun: Begun, method: Method, example: Call, between: bool) 
         observed = {n: q for n, q in qconfigs.items() if not isinstance(graph_module.get_submodule(n), RNNS)}
         observe(graph_module, observed, tuple(traced.kept), training=training)
     if training:
+        move_relus(graph_module)
         observe_weights(graph_module)
     norms = batch_norms_inside(graph_module, traced, groups)
     known = Prepared(

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lightning_quant import qat_modules
 from lightning_quant._torch_ao import is_observer
-from lightning_quant.fake_quantize import FakeQuantize
+from lightning_quant.fake_quantize import is_ours
 
 _HIDDEN = "lightning_quant hidden"
 _ATEN = torch.ops.aten
@@ -98,10 +98,10 @@ def hide_observers(prepared: fx.GraphModule) -> None:
 def count_sharing(prepared: fx.GraphModule) -> None:
     """Tell each fake quantize of ours how many tensors share it."""
     modules = dict(prepared.named_modules(remove_duplicate=False))
-    calls = [_called(node, modules) for node in prepared.graph.nodes]
+    calls: list[Any] = [_called(node, modules) for node in prepared.graph.nodes]
     counts = Counter(id(module) for module in calls)
     for module in calls:
-        if isinstance(module, FakeQuantize):
+        if is_ours(module):
             module.sharing.calls_per_forward = counts[id(module)]
 
 
@@ -116,8 +116,8 @@ def move_clamps(prepared: fx.GraphModule) -> None:
     for node in prepared.graph.nodes:
         calls.setdefault(id(_called(node, modules)), []).append(node)
     for node in list(prepared.graph.nodes):
-        rounding = _called(node, modules)
-        if not isinstance(rounding, FakeQuantize) or rounding.sharing.calls_per_forward != 1:
+        rounding: Any = _called(node, modules)
+        if not is_ours(rounding) or rounding.sharing.calls_per_forward != 1:
             continue
         source: Any = node.args[0]
         if len(source.users) != 1:
@@ -133,6 +133,15 @@ def move_clamps(prepared: fx.GraphModule) -> None:
             rounding.clamp = clamp
             hide(source)
     prepared.recompile()
+
+
+def move_relus(prepared: nn.Module) -> None:
+    """As :func:`move_clamps`, for layers whose fake quantize is a part of them that is called by a hook."""
+    for layer in prepared.modules():
+        rounding: Any = getattr(layer, "activation_post_process", None)
+        if isinstance(layer, qat_modules.WITH_RELU) and is_ours(rounding):
+            layer.clamps = False
+            rounding.clamp = (0.0, math.inf)
 
 
 def _called(node: Any, modules: dict[str, nn.Module]) -> nn.Module | None:

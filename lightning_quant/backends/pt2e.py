@@ -14,6 +14,7 @@ from torch import fx, nn
 from lightning_quant._torch_ao import pt2e
 from lightning_quant.arguments import Call
 from lightning_quant.backends.graph import Feasible, Prepared, check_seen, info, try_out, twin_of, with_info, working
+from lightning_quant.backends.hiding import count_sharing, move_clamps, restore
 from lightning_quant.backends.pt2e_capture import export
 from lightning_quant.backends.pt2e_folding import (
     fold_batch_norms,
@@ -84,6 +85,9 @@ def prepare(
                 node.meta["val"] = node.args[0].meta["val"]
         prepared.train(training)
         weights = observe_weights(prepared)
+        if training:
+            count_sharing(prepared)
+            move_clamps(prepared)
     known = Prepared(
         config=config,
         method=method,
@@ -117,6 +121,7 @@ def convert(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None) 
     known = info(prepared)
     check_seen(prepared)
     twin = copy.deepcopy(prepared).cpu().eval()
+    restore(twin)
     with working(known.config), torch.no_grad():
         if known.method == "qat":
             fold_batch_norms(twin)

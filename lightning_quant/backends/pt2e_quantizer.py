@@ -19,6 +19,7 @@ from torch import fx
 
 from lightning_quant._torch_ao import pt2e
 from lightning_quant.backends.graph import place_of
+from lightning_quant.backends.pt2e_fake_quantize import fake_quantize_class
 from lightning_quant.backends.pt2e_folding import (
     LINEAR,
     WEIGHTED,
@@ -297,9 +298,7 @@ def activation_spec(config: QuantConfig, method: Method) -> Any:
             "moving_average": names.MovingAverageMinMaxObserver,
         }[spec.observer]
     else:
-        # torch's fused kernel gives symmetric ranges other scales than its observer gives to convert
-        fused = qscheme == torch.per_tensor_affine
-        observer = (names.FusedMovingAvgObsFakeQuantize if fused else names.FakeQuantize).with_args(
+        observer = fake_quantize_class().with_args(
             observer=names.MovingAverageMinMaxObserver, averaging_constant=AVERAGING_CONSTANT
         )
     return names.QuantizationSpec(
@@ -350,7 +349,8 @@ def weight_spec(config: QuantConfig, method: Method, axis: int | None) -> Any:
         settings: dict[str, Any] = {"observer": own} if own else {"observer": moving, "averaging_constant": 1.0}
         if per_channel:
             settings["ch_axis"] = axis  # torchao passes that of the specification to observers alone
-        observer = (own_rounding or names.FakeQuantize).with_args(**settings)
+        rounding = own_rounding or (names.FakeQuantize if own else fake_quantize_class())
+        observer = rounding.with_args(**settings)
     elif own is not None:
         observer = own
     else:
