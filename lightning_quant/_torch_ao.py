@@ -58,6 +58,7 @@ try:
     from torch.ao.quantization.fx.prepare import prepare as prepare_graph
     from torch.ao.quantization.fx.tracer import QuantizationTracer
     from torch.ao.quantization.fx.utils import assert_and_get_unique_device as _remembered_devices
+    from torch.ao.quantization.observer import UniformQuantizationObserverBase
     from torch.ao.quantization.qconfig_mapping import get_default_qat_qconfig_mapping, get_default_qconfig_mapping
     from torch.ao.quantization.quantization_mappings import (
         get_default_dynamic_quant_module_mappings,
@@ -118,6 +119,7 @@ __all__ = [
     "QConfigMapping",
     "QuantStub",
     "QuantizationTracer",
+    "UniformQuantizationObserverBase",
     "attach_node_meta",
     "convert_dynamic_jit",
     "convert_graph",
@@ -186,7 +188,6 @@ _PT2E: dict[str, tuple[str, ...]] = {
     "torchao.quantization.pt2e": (
         "FakeQuantize",
         "FakeQuantizeBase",
-        "HistogramObserver",
         "MinMaxObserver",
         "MovingAverageMinMaxObserver",
         "MovingAveragePerChannelMinMaxObserver",
@@ -194,6 +195,7 @@ _PT2E: dict[str, tuple[str, ...]] = {
         "PerChannelMinMaxObserver",
         "PlaceholderObserver",
     ),
+    "torchao.quantization.pt2e.observer": ("UniformQuantizationObserverBase",),
     "torchao.quantization.pt2e.quantize_pt2e": ("convert_pt2e", "prepare_pt2e", "prepare_qat_pt2e"),
     "torchao.quantization.pt2e.quantizer": ("QuantizationAnnotation", "QuantizationSpec", "Quantizer"),
     "torchao.quantization.pt2e.quantizer.quantizer": ("Q_ANNOTATION_KEY",),

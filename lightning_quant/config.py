@@ -28,7 +28,7 @@ DtypeName = Literal["auto", "quint8", "qint8"]
 QschemeName = Literal[
     "auto", "per_tensor_affine", "per_tensor_symmetric", "per_channel_affine", "per_channel_symmetric"
 ]
-ObserverName = Literal["auto", "histogram", "min_max", "moving_average"]
+ObserverName = Literal["auto", "histogram", "percentile", "entropy", "min_max", "moving_average"]
 
 #: (backend, method) -> the formats that it can write, the native one first. A cell that is not here is in ``REFUSED``.
 SUPPORT: dict[tuple[str, str], tuple[FormatName, ...]] = {
@@ -55,6 +55,9 @@ REFUSED: dict[tuple[str, str], str] = {
 
 #: backend -> (the packages that it needs, the extra that brings them)
 BACKEND_PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {"pt2e": (("torchao",), "pt2e")}
+
+#: Observers that count values.
+HISTOGRAMS = ("histogram", "percentile", "entropy")
 
 #: Backends whose graphs call modules, so that one can take the place of another.
 SWAPPING = ("fx", "eager")
@@ -96,10 +99,12 @@ class TensorSpec:
         qscheme: One scale per tensor or per output channel, affine (with a zero point) or symmetric. ``auto``:
             ``per_tensor_affine`` for activations; for weights ``per_channel_symmetric``, on ``qnnpack``
             ``per_tensor_symmetric``.
-        observer: How the range is estimated: ``histogram`` (least quantization error), ``min_max``, or
-            ``moving_average`` of min and max. ``auto``: ``histogram`` for static activations, ``moving_average`` in
+        observer: How the range is estimated: ``histogram`` (least mean squared error), ``percentile``, ``entropy``
+            (least Kullback-Leibler divergence, as TensorRT), ``min_max``, or ``moving_average`` of min and max.
+            ``auto``: ``histogram`` for static activations, ``moving_average`` in
             quantization-aware training, ``min_max`` for weights. Or a class of your own that derives from
             ``torch.ao.quantization.ObserverBase`` (with ``backend="pt2e"``: from torchao's), or its import path.
+        percentile: With ``observer="percentile"``: per cent of the values that are not above the range, and not below.
         fake_quantize: What rounds in training: ``auto``, or a class of your own that derives from
             ``torch.ao.quantization.FakeQuantizeBase`` (with ``backend="pt2e"``: from torchao's), or its import path.
 
@@ -110,9 +115,12 @@ class TensorSpec:
     dtype: DtypeName = "auto"
     qscheme: QschemeName = "auto"
     observer: str = "auto"
+    percentile: float = 99.99
     fake_quantize: str = "auto"
 
     def __post_init__(self) -> None:
+        if isinstance(self.percentile, bool) or not 50 < self.percentile <= 100:
+            raise ConfigError(f"TensorSpec(percentile={self.percentile!r}): give a number above 50, up to 100.")
         for name in ("observer", "fake_quantize"):
             setting = f"TensorSpec({name}={getattr(self, name)!r})"
             object.__setattr__(self, name, path_of(getattr(self, name), setting))
@@ -199,10 +207,10 @@ def _check_specs(owner: str, activation: TensorSpec | None, weight: TensorSpec |
         )
     if weight is not None and weight.dtype == "quint8":
         raise ConfigError(f"{owner}(weight.dtype='quint8'): int8 kernels take signed weights. Use 'qint8'.")
-    if weight is not None and weight.observer == "histogram":
+    if weight is not None and weight.observer in HISTOGRAMS:
         raise ConfigError(
-            f"{owner}(weight.observer='histogram'): weights are known in full, a histogram is for activations. Use "
-            "'min_max' or 'moving_average'."
+            f"{owner}(weight.observer={weight.observer!r}): weights are known in full, a histogram is for activations. "
+            "Use 'min_max' or 'moving_average'."
         )
 
 
@@ -353,7 +361,7 @@ def check_method(config: QuantConfig, method: Method) -> None:
     activations = [config.activation, *(layer.activation for layer in config.layers if layer.activation)]
     weights = [config.weight, *(layer.weight for layer in config.layers if layer.weight)]
     for spec in activations:
-        if method == "qat" and spec.observer in ("histogram", "min_max"):
+        if method == "qat" and spec.observer in (*HISTOGRAMS, "min_max"):
             raise ConfigError(
                 f"QuantConfig(activation.observer={spec.observer!r}) with quantization-aware training: ranges "
                 "follow the training with a moving average. Use 'auto' or 'moving_average'."
@@ -368,6 +376,11 @@ def check_method(config: QuantConfig, method: Method) -> None:
             raise ConfigError(
                 f"TensorSpec(fake_quantize={spec.fake_quantize!r}) with method={method!r}: fake quantize is for "
                 "training. Leave it out, or use QuantizationAwareTraining."
+            )
+        if config.backend == "torchscript" and spec.observer in ("percentile", "entropy"):
+            raise ConfigError(
+                f"QuantConfig(activation.observer={spec.observer!r}) with backend='torchscript': TorchScript graph "
+                "mode compiles observers, and this one cannot be. Use 'histogram', or backend='fx', 'eager' or 'pt2e'."
             )
     if config.backend == "torchscript" and any(layer.activation for layer in config.layers):
         raise ConfigError(

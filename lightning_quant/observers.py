@@ -1,64 +1,186 @@
-"""Range estimation where torch's own is slow."""
+"""Range estimation from histograms, at about the cost of min and max.
+
+Every value is looked at once for min and max, and up to ``SAMPLES`` values of a tensor are counted: one from each of as
+many stretches of equal length, at a place that is drawn. By the inequality of Dvoretzky, Kiefer and Wolfowitz (Massart
+1990) the share of values below any number is then right to ``sqrt(log(2 / p) / (2 * n))`` with probability ``1 - p``
+for ``n`` counted values: to 0.4 % after ten tensors, with probability 0.99. Stretches only make it better.
+
+Bins are as wide as a power of two and begin at multiples of it. When values come that do not fit, each two become one,
+so that histograms of any order, or of several processes, have the same sum, exactly.
+"""
 
 from __future__ import annotations
 
-import functools
+import ctypes
+import math
 from typing import Any
 
-import numpy as np
 import torch
 
-from lightning_quant._torch_ao import HistogramObserver as TorchHistogramObserver
+from lightning_quant import native
+from lightning_quant._torch_ao import UniformQuantizationObserverBase
+from lightning_quant.errors import CalibrationError
+from lightning_quant.range_search import Counts, least_divergence, least_error, quantiles
 
-#: By how much torch moves a quantile at a time.
-_STEP = 1e-5
+#: Values of a tensor that are counted, at the most.
+SAMPLES = 16384
+#: Bins on either side of 0.
+HALF = 4096
+#: A bin is at least 2 to the power of this wide: its inverse is still a float32.
+_LEAST_EXPONENT = -100
+#: What a histogram looks for.
+SEARCHES = ("histogram", "percentile", "entropy")
 
 
-@functools.cache
-def _quantiles() -> tuple[np.ndarray, np.ndarray]:
-    """All that the lower and the upper quantile may be, added and subtracted one step at a time as torch does."""
-    steps = np.full(round(1 / _STEP) + 3, _STEP)
-    return np.add.accumulate(np.concatenate([[0.0], steps])), np.subtract.accumulate(np.concatenate([[1.0], steps]))
+class HistogramObserver(UniformQuantizationObserverBase):
+    """Observes one range for a tensor; see the module's docstring.
 
-
-class HistogramObserver(TorchHistogramObserver):
-    """Torch's, with the same ranges to the last bit.
-
-    Torch compares a tensor of one element at a time with one quantile at a time: up to a second for a tensor of few
-    values, and nine tenths of the time that it took to convert MobileOne.
+    Args:
+        search: ``histogram``: the range with the least mean squared error; ``percentile``; ``entropy``: that with the
+            least Kullback-Leibler divergence.
+        percentile: Per cent of the values not above the range, and not below; for ``search="percentile"``.
+        **kwargs: ``dtype``, ``qscheme``, ``quant_min``, ``quant_max``, ``eps`` of torch's observers.
     """
 
-    def _non_linear_param_search(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The ends ``(min, max)``, float32 scalars, of the range whose quantization error is least.
+    def __init__(self, search: str = "histogram", percentile: float = 99.99, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        complete(self, search, percentile)
 
-        Follows ``torch.ao.quantization.HistogramObserver._non_linear_param_search``.
-        """
-        this: Any = self
-        width = (this.max_val - this.min_val) / this.bins
-        total = torch.sum(this.histogram).item()
-        sums = torch.cumsum(this.histogram, dim=0).cpu().numpy()
-        alphas, betas = _quantiles()
-        # sums do not fall, so that the first above a quantile is found by halves; torch compares in float32
-        lows = np.searchsorted(sums, (alphas * total).astype(np.float32), side="left")
-        highs = np.searchsorted(sums, (betas * total).astype(np.float32), side="right") - 1
-        falling = -highs
-        start, end = 0, this.bins - 1
-        least = float("inf")
-        i = j = 0
-        while alphas[i] < betas[j]:
-            left, right = max(start, min(int(lows[i + 1]), end)), min(end, max(int(highs[j + 1]), start))
-            next_start, next_end = start, end
-            if left - start > end - right:
-                next_start, i = left, i + 1
-            else:
-                next_end, j = right, j + 1
-            if (next_start, next_end) == (start, end):
-                # it goes on in this way until the upper quantile has left its bin
-                j = max(j, int(np.searchsorted(falling, -end, side="right")) - 1)
-                j = min(j, len(betas) - 2)
-                continue
-            error = this._compute_quantization_error(next_start, next_end)
-            if error > least:
-                break
-            least, start, end = error, next_start, next_end
-        return this.min_val + width * start, this.min_val + width * (end + 1)
+    def forward(self, x_orig: torch.Tensor) -> torch.Tensor:
+        """Count ``x_orig``, of any shape, and give it back."""
+        observe(self, x_orig)
+        return x_orig
+
+    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        """Scale (float32) and zero point (int64), one each, shape ``(1,)``."""
+        found: tuple[torch.Tensor, torch.Tensor] = self._calculate_qparams(*chosen_range(self))
+        return found
+
+
+def complete(observer: Any, search: str, percentile: float) -> None:
+    """Give an observer of torch.ao or torchao the buffers and settings that :func:`observe` works on."""
+    observer.search, observer.percentile = search, percentile
+    observer.calls = 0
+    # (2 * HALF,) once it has seen something: torch.ao makes many observers that never do
+    observer.register_buffer("histogram", torch.zeros(0, dtype=torch.float64))
+    observer.register_buffer("zeros", torch.zeros((), dtype=torch.float64))
+    observer.register_buffer("exponent", torch.tensor(_LEAST_EXPONENT))
+    observer.register_buffer("min_val", torch.tensor(math.inf))
+    observer.register_buffer("max_val", torch.tensor(-math.inf))
+
+
+def observe(observer: Any, x: torch.Tensor) -> None:
+    """Add the values of ``x`` to the histogram.
+
+    Raises:
+        CalibrationError: ``x`` has NaN or infinity.
+    """
+    x = x.detach()
+    if x.numel() == 0:
+        return
+    if not x.is_floating_point():
+        x = x.float()
+    if not (x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))):
+        x = x.contiguous()
+    if observer.histogram.numel() == 0:
+        observer.histogram.resize_(2 * HALF).zero_()
+    samples = min(SAMPLES, x.numel())
+    plain = x.device.type == "cpu" and x.dtype in native.DTYPES and observer.histogram.device.type == "cpu"
+    kernels = native.kernels() if plain else None
+    if kernels is None:
+        infinite = _count(observer, x, samples)
+    else:
+        buffers = (observer.histogram, observer.zeros, observer.min_val, observer.max_val, observer.exponent)
+        into = native.Histogram(*(buffer.data_ptr() for buffer in buffers), HALF)
+        infinite = kernels.count[x.dtype](
+            x.data_ptr(), x.numel(), samples, observer.calls % 2**32, ctypes.addressof(into), torch.get_num_threads()
+        )
+    if infinite:
+        raise CalibrationError(
+            "an activation has values that are NaN or infinite, so that it has no range. Look for the batch of the "
+            "calibration data that gives them, by evaluating the float model."
+        )
+    observer.calls += samples  # other places the next time
+
+
+def coarser(histogram: torch.Tensor, doublings: int) -> torch.Tensor:
+    """The same counts in bins that are ``2 ** doublings`` times as wide. ``(2 * HALF,)`` to ``(2 * HALF,)``."""
+    result = torch.zeros_like(histogram)
+    if doublings >= HALF.bit_length():  # all of a side in one bin
+        result[HALF - 1], result[HALF] = histogram[:HALF].sum(), histogram[HALF:].sum()
+        return result
+    merged = histogram.reshape(-1, 2**doublings).sum(1)
+    start = HALF - merged.numel() // 2
+    result[start : start + merged.numel()] = merged
+    return result
+
+
+def merge(observer: Any, other: Any) -> None:
+    """Add what ``other`` has counted, as if ``observer`` had seen it too. In any order the sum is the same."""
+    if other.histogram.numel() == 0:
+        return
+    if observer.histogram.numel() == 0:
+        observer.histogram.resize_(2 * HALF).zero_()
+    exponent = max(int(observer.exponent.item()), int(other.exponent.item()))
+    for one in (observer, other):
+        counts = coarser(one.histogram, exponent - int(one.exponent.item()))
+        if one is observer:
+            observer.histogram.copy_(counts)
+        else:
+            observer.histogram.add_(counts.to(observer.histogram.device))
+    observer.exponent.fill_(exponent)
+    observer.zeros.add_(other.zeros.to(observer.zeros.device))
+    observer.min_val.copy_(torch.minimum(observer.min_val, other.min_val.to(observer.min_val.device)))
+    observer.max_val.copy_(torch.maximum(observer.max_val, other.max_val.to(observer.max_val.device)))
+
+
+def _count(observer: Any, x: torch.Tensor, samples: int) -> bool:
+    """As the kernel does, with torch's operators; which values are counted is not the same."""
+    low, high = (end.item() for end in torch.aminmax(x))
+    if not math.isfinite(low) or not math.isfinite(high):
+        return True
+    most = max(-low, high)
+    # frexp: most / HALF < 2 ** needed
+    needed = math.frexp(most / HALF)[1] if most > 0 else _LEAST_EXPONENT
+    exponent = int(observer.exponent.item())
+    if needed > exponent:
+        observer.histogram.copy_(coarser(observer.histogram, needed - exponent))
+        observer.exponent.fill_(needed)
+        exponent = needed
+    observer.min_val.clamp_(max=low)
+    observer.max_val.clamp_(min=high)
+    flat = x.flatten()
+    weight = flat.numel() / samples
+    if samples < flat.numel():
+        generator = torch.Generator().manual_seed(observer.calls)
+        drawn = torch.rand(samples, dtype=torch.float64, generator=generator).to(x.device)
+        places = (torch.arange(samples, device=x.device) + drawn) * weight
+        flat = flat[places.long().clamp_(max=flat.numel() - 1)]
+    flat = flat.to(torch.float64)
+    observer.zeros += (flat == 0).sum().to(observer.zeros) * weight
+    bins = torch.floor(flat * 2.0**-exponent).clamp_(-HALF, HALF - 1).long() + HALF
+    counts = torch.bincount(bins[flat != 0], minlength=2 * HALF)
+    observer.histogram += counts.to(observer.histogram) * weight
+    return False
+
+
+def chosen_range(observer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ends of the range, float32 scalars; infinite and crossed, if nothing was observed."""
+    if bool(torch.isinf(observer.min_val)):
+        return observer.min_val, observer.max_val
+    found = Counts(
+        observer.histogram.cpu().numpy(),
+        2.0 ** int(observer.exponent.item()),
+        observer.zeros.item(),
+        observer.min_val.item(),
+        observer.max_val.item(),
+    )
+    symmetric = observer.qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric)
+    steps = observer.quant_max - observer.quant_min
+    if observer.search == "percentile":
+        low, high = quantiles(found, observer.percentile)
+    elif observer.search == "entropy":
+        low, high = least_divergence(found, steps, symmetric=symmetric)
+    else:
+        low, high = least_error(found, steps, symmetric=symmetric)
+    return observer.min_val.new_tensor(low), observer.max_val.new_tensor(high)

@@ -26,7 +26,7 @@ from lightning_quant._torch_ao import (
     get_default_qat_qconfig_mapping,
     get_default_qconfig_mapping,
 )
-from lightning_quant.config import Method, QuantConfig, TensorSpec
+from lightning_quant.config import HISTOGRAMS, Method, QuantConfig, TensorSpec
 from lightning_quant.custom import load_class
 from lightning_quant.errors import ConfigError
 from lightning_quant.fake_quantize import FakeQuantize, Sharing
@@ -141,7 +141,7 @@ def _activation(config: QuantConfig, method: Method) -> Any:
         "quant_max": high,
     }
     observers: dict[str, Any] = {
-        "histogram": HistogramObserver,
+        **dict.fromkeys(HISTOGRAMS, HistogramObserver),
         "min_max": MinMaxObserver,
         "moving_average": MovingAverageMinMaxObserver,
     }
@@ -149,7 +149,9 @@ def _activation(config: QuantConfig, method: Method) -> Any:
     if method == "static":
         if own is not None:
             return made_with(own, shared)
-        return _constructor(observers["histogram" if spec.observer == "auto" else spec.observer], **shared)
+        name = "histogram" if spec.observer == "auto" else spec.observer
+        search = {"search": name, "percentile": spec.percentile} if name in HISTOGRAMS else {}
+        return _constructor(observers[name], **shared, **search)
     own_rounding = own_fake_quantize(spec)
     if own is not None or own_rounding is not None:
         averaging = {} if own is not None else {"averaging_constant": AVERAGING_CONSTANT}

@@ -24,12 +24,13 @@ from lightning_quant._torch_ao import (
     get_native_backend_config,
     swap_float_functional,
 )
+from lightning_quant._torch_ao import HistogramObserver as TorchHistogramObserver
 from lightning_quant.backends import islands
 from lightning_quant.backends.tracing import LAYER, Traced
 from lightning_quant.config import Method, QuantConfig
 from lightning_quant.errors import CaptureError, ConfigError
 from lightning_quant.fusion import FusedGroup, fuse
-from lightning_quant.observers import HistogramObserver, TorchHistogramObserver
+from lightning_quant.observers import HistogramObserver
 from lightning_quant.qconfig import (
     CONV_TRANSPOSES,
     CONVS,
@@ -75,8 +76,9 @@ class QConfigs:
     def _compiled(self, key: Any, observer: Callable[[], nn.Module]) -> ScriptModule:
         if key not in self._shared:
             made = observer()
-            if type(made) is HistogramObserver:  # it calls NumPy, which cannot be compiled
-                made.__class__ = TorchHistogramObserver
+            if isinstance(made, HistogramObserver):  # it calls NumPy, which cannot be compiled
+                ends = {"quant_min": made.quant_min, "quant_max": made.quant_max}
+                made = TorchHistogramObserver(dtype=made.dtype, qscheme=made.qscheme, **ends)
             self._shared[key] = torch.jit.script(made)
         return self._shared[key]
 

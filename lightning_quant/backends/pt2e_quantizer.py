@@ -19,7 +19,7 @@ from torch import fx
 
 from lightning_quant._torch_ao import pt2e
 from lightning_quant.backends.graph import place_of
-from lightning_quant.backends.pt2e_fake_quantize import fake_quantize_class
+from lightning_quant.backends.pt2e_classes import fake_quantize_class, histogram_class
 from lightning_quant.backends.pt2e_folding import (
     LINEAR,
     WEIGHTED,
@@ -30,7 +30,7 @@ from lightning_quant.backends.pt2e_folding import (
     weighted,
 )
 from lightning_quant.backends.tracing import LAYER
-from lightning_quant.config import Method, QuantConfig, TensorSpec
+from lightning_quant.config import HISTOGRAMS, Method, QuantConfig, TensorSpec
 from lightning_quant.qconfig import AVERAGING_CONSTANT, activation_range, config_of_layer, own_class, weight_range
 
 _ATEN = torch.ops.aten
@@ -291,9 +291,11 @@ def activation_spec(config: QuantConfig, method: Method) -> Any:
             observer=own or names.MovingAverageMinMaxObserver, **averaging
         )
     elif method == "static":
+        search = "histogram" if spec.observer == "auto" else spec.observer
+        histogram = histogram_class().with_args(search=search, percentile=spec.percentile)
         observer = {
-            "auto": names.HistogramObserver,
-            "histogram": names.HistogramObserver,
+            **dict.fromkeys(HISTOGRAMS, histogram),
+            "auto": histogram,
             "min_max": names.MinMaxObserver,
             "moving_average": names.MovingAverageMinMaxObserver,
         }[spec.observer]

@@ -24,7 +24,7 @@ SWITCH = "LIGHTNING_QUANT_NATIVE"
 #: Folder of the compiled kernels. Default: ``lightning_quant`` in the user's folder of caches.
 CACHE = "LIGHTNING_QUANT_CACHE"
 
-SOURCE = Path(__file__).with_name("fake_quantize.c")
+SOURCE = Path(__file__).with_name("kernels.c")
 
 #: No contraction: a product and a sum are rounded one after the other, as torch's kernels do.
 _FLAGS = ("-std=c11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
@@ -37,13 +37,15 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "per_tensor": (*[_POINTER] * 3, _SIZE, _POINTER, _INT, *[_POINTER] * 4, _INT),
     "per_channel": (*[_POINTER] * 3, *[_SIZE] * 3, _POINTER, _INT, *[_POINTER] * 4, _INT),
     "gradient": (*[_POINTER] * 3, _SIZE, _INT),
+    "count": (_POINTER, _SIZE, _SIZE, ctypes.c_uint32, _POINTER, _INT),
 }
+_VOID = ("range", "gradient")
 #: What the kernels take.
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Grid(ctypes.Structure):
-    """How floats become integers; the struct of the same name in ``fake_quantize.c``."""
+    """How floats become integers; the struct of the same name in ``kernels.c``."""
 
     _fields_ = (
         ("quant_min", ctypes.c_int32),
@@ -57,8 +59,21 @@ class Grid(ctypes.Structure):
     )
 
 
+class Histogram(ctypes.Structure):
+    """Where a histogram is kept; the struct of the same name in ``kernels.c``."""
+
+    _fields_ = (
+        ("counts", _POINTER),
+        ("zeros", _POINTER),
+        ("low", _POINTER),
+        ("high", _POINTER),
+        ("exponent", _POINTER),
+        ("half", ctypes.c_int64),
+    )
+
+
 class Kernels:
-    """The functions of ``fake_quantize.c``, each with ``[dtype]``: those of a tensor of that dtype."""
+    """The functions of ``kernels.c``, each with ``[dtype]``: those of a tensor of that dtype."""
 
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
@@ -66,7 +81,7 @@ class Kernels:
             functions = {}
             for dtype in DTYPES:
                 function = getattr(library, f"lq_{name}_{str(dtype).removeprefix('torch.')}")
-                function.argtypes, function.restype = types, ctypes.c_int if name.startswith("per_") else None
+                function.argtypes, function.restype = types, None if name in _VOID else ctypes.c_int
                 functions[dtype] = function
             setattr(self, name, functions)
 
@@ -74,6 +89,7 @@ class Kernels:
     per_tensor: dict[torch.dtype, Any]
     per_channel: dict[torch.dtype, Any]
     gradient: dict[torch.dtype, Any]
+    count: dict[torch.dtype, Any]
 
 
 @functools.cache
@@ -142,7 +158,7 @@ def build(command: Sequence[str], folder: Path) -> Path:
     key = hashlib.sha256()
     for part in (SOURCE.read_text("utf8"), " ".join(command), _output([*command, "--version"]), _processor(), threads):
         key.update(str(part).encode())
-    path = folder / f"fake_quantize_{key.hexdigest()[:16]}.so"
+    path = folder / f"kernels_{key.hexdigest()[:16]}.so"
     if path.exists():
         return path
     failures = []
@@ -192,6 +208,10 @@ def _openmp_library() -> str | None:
         maps = Path("/proc/self/maps").read_text("utf8").splitlines()
     except OSError:
         return None
-    paths = {line.split()[-1] for line in maps if "omp" in line}
     names = ("libgomp", "libomp", "libiomp")
-    return next((path for path in sorted(paths) if Path(path).name.startswith(names)), None)
+    paths = {path for line in maps if Path(path := line.split()[-1]).name.startswith(names)}
+    # other packages may have brought their own
+    packages = Path(torch.__file__).resolve().parents[1]
+    of_torch = {path for path in paths if {packages / "torch", packages / "torch.libs"} & set(Path(path).parents)}
+    found = sorted(of_torch) or sorted(paths)
+    return found[0] if len(found) == 1 else None

@@ -1,4 +1,4 @@
-/* Fake quantize on the CPU: the range of a tensor, its rounding to a grid of integers, and the gradient.
+/* Fake quantize and histograms on the CPU: the range of a tensor, its rounding to a grid of integers, and the gradient.
  *
  * Values are those of torch.fake_quantize_per_tensor_affine and ..._per_channel_affine, bit for bit:
  *     q = round(x * (1 / scale)) + zero_point,    y = (clamp(q, quant_min, quant_max) - zero_point) * scale,
@@ -14,6 +14,8 @@
 
 /* Below this number of elements a second thread costs more than it saves (torch's own grain size). */
 #define GRAIN 32768
+/* Values whose bins are found at a time. */
+#define BLOCK 256
 
 /* How floats become integers and back. */
 typedef struct {
@@ -209,3 +211,64 @@ void lq_gradient_##SUFFIX(const T *g, const uint8_t *mask, T *x, int64_t n, int 
 
 DEFINE(float, from_float, to_float, float32)
 DEFINE(bf16, from_bf16, to_bf16, bfloat16)
+
+/* A histogram: `counts` (2 * half), the bin i is [i - half, i - half + 1) * 2 ** exponent; how many values were 0; and the
+ * least and the greatest of all. */
+typedef struct {
+    double *counts, *zeros;
+    float *low, *high;
+    int64_t *exponent;
+    int64_t half;
+} Histogram;
+
+/* Let each 2 ** doublings bins become one. */
+static void coarsen(double *counts, int64_t half, int64_t doublings) {
+    int64_t i, k = doublings < 62 ? doublings : 62;
+    for (i = 1; i < half; i++) {
+        double above = counts[half + i], below = counts[half - 1 - i];
+        counts[half + i] = counts[half - 1 - i] = 0;
+        counts[half + (i >> k)] += above;
+        counts[half - 1 - (i >> k)] += below;
+    }
+}
+
+/* Count `samples` of the n elements of x (n < 2 ** 48), each as n / samples: one from each of as many stretches of equal
+ * length, at a place that differs from stretch to stretch and with `seed` (multiples of the golden ratio, as in Weyl's
+ * sequence). Returns 1, and does nothing, if an element is not finite. */
+#define DEFINE_COUNT(T, LOAD, SUFFIX)                                                                                 \
+int lq_count_##SUFFIX(const T *x, int64_t n, int64_t samples, uint32_t seed, const Histogram *into, int threads) {    \
+    static const Grid everything = {.least = -INFINITY, .most = INFINITY};                                            \
+    double stretch = (double)n / (double)samples, *counts = into->counts + into->half;                                \
+    uint64_t length = (uint64_t)n / (uint64_t)samples; /* at least */                                                 \
+    float first = (float)-into->half, last = (float)(into->half - 1), range[2], most, inverse;                        \
+    int64_t i;                                                                                                        \
+    lq_range_##SUFFIX(x, n, &everything, range, threads);                                                             \
+    if (!(isfinite(range[0]) && isfinite(range[1]))) return 1;                                                        \
+    most = -range[0] > range[1] ? -range[0] : range[1];                                                               \
+    if (most > 0) {                                                                                                   \
+        int needed;                                                                                                   \
+        frexpf(most / (float)into->half, &needed);                                                                    \
+        if (needed > *into->exponent) {                                                                               \
+            coarsen(into->counts, into->half, needed - *into->exponent);                                              \
+            *into->exponent = needed;                                                                                 \
+        }                                                                                                             \
+    }                                                                                                                 \
+    if (range[0] < *into->low) *into->low = range[0];                                                                 \
+    if (range[1] > *into->high) *into->high = range[1];                                                               \
+    inverse = ldexpf(1.0f, (int)-*into->exponent);                                                                    \
+    for (i = 0; i < samples; i += BLOCK) {                                                                            \
+        int32_t bins[BLOCK];                                                                                          \
+        int j, size = samples - i < BLOCK ? (int)(samples - i) : BLOCK;                                               \
+        for (j = 0; j < size; j++) {                                                                                  \
+            uint32_t drawn = ((uint32_t)(i + j) + seed) * 0x9E3779B9u;                                                \
+            int64_t place = (int64_t)((double)(i + j) * stretch) + (int64_t)((drawn * length) >> 32);                 \
+            float v = LOAD(x[place]);                                                                                 \
+            bins[j] = v == 0 ? INT32_MAX : (int32_t)clamp(floorf(v * inverse), first, last);                          \
+        }                                                                                                             \
+        for (j = 0; j < size; j++) *(bins[j] == INT32_MAX ? into->zeros : counts + bins[j]) += stretch;               \
+    }                                                                                                                 \
+    return 0;                                                                                                         \
+}
+
+DEFINE_COUNT(float, from_float, float32)
+DEFINE_COUNT(bf16, from_bf16, bfloat16)

@@ -1,0 +1,55 @@
+"""Our fake quantize and our histogram as torchao knows them: derived from its classes, once it is there."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+from lightning_quant import fake_quantize, observers
+from lightning_quant._torch_ao import pt2e
+
+
+@cache
+def fake_quantize_class() -> Any:
+    """:class:`lightning_quant.fake_quantize.FakeQuantize`, derived from torchao's."""
+    base: Any = pt2e().FakeQuantize
+
+    class FakeQuantize(base):
+        """Torchao's, computed by :func:`lightning_quant.fake_quantize.fake_quantize`."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            fake_quantize.complete(self)
+
+        def forward(self, X: torch.Tensor) -> torch.Tensor:
+            """As torch.ao's."""
+            return fake_quantize.fake_quantize(self, X)
+
+    return FakeQuantize
+
+
+@cache
+def histogram_class() -> Any:
+    """:class:`lightning_quant.observers.HistogramObserver`, derived from torchao's base of observers."""
+    base: Any = pt2e().UniformQuantizationObserverBase
+
+    class HistogramObserver(base):
+        """Computed by :func:`lightning_quant.observers.observe`."""
+
+        def __init__(self, search: str = "histogram", percentile: float = 99.99, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            observers.complete(self, search, percentile)
+
+        def forward(self, x_orig: torch.Tensor) -> torch.Tensor:
+            """As torch.ao's."""
+            observers.observe(self, x_orig)
+            return x_orig
+
+        def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
+            """As torch.ao's."""
+            found: tuple[torch.Tensor, torch.Tensor] = self._calculate_qparams(*observers.chosen_range(self))
+            return found
+
+    return HistogramObserver
