@@ -19,7 +19,7 @@ NAME = "lightning_quant"
 #: Bottom to top. A module imports from its own layer and from those below; a subpackage counts as one module here.
 LAYERS = (
     ("errors",),
-    ("custom", "structures", "_torch_ao", "_roots", "arguments", "scripted", "modes", "native"),
+    ("custom", "structures", "_torch_ao", "_roots", "arguments", "scripted", "modes", "native", "range_search"),
     ("config",),
     ("recipes", "qat_modules", "qconfig", "fusion", "capture", "observers", "fake_quantize", "placement", "layers"),
     ("backends",),

@@ -55,7 +55,8 @@ def exactly(text: str) -> str:
         ),
         (
             lambda: TensorSpec(observer="minmax"),
-            "TensorSpec(observer='minmax'): not one of 'auto', 'histogram', 'min_max', 'moving_average'. "
+            "TensorSpec(observer='minmax'): not one of 'auto', 'histogram', 'percentile', 'entropy', 'min_max', "
+            "'moving_average'. "
             "Did you mean 'min_max'?",
         ),
         (
@@ -81,6 +82,13 @@ def exactly(text: str) -> str:
         (
             lambda: QuantConfig(weight=TensorSpec(dtype="quint8")),
             "QuantConfig(weight.dtype='quint8'): int8 kernels take signed weights. Use 'qint8'.",
+        ),
+        *(
+            (
+                lambda percentile=percentile: TensorSpec(percentile=percentile),
+                f"TensorSpec(percentile={percentile!r}): give a number above 50, up to 100.",
+            )
+            for percentile in (50, 100.1, -1, True)
         ),
         (
             lambda: QuantConfig(weight=TensorSpec(observer="histogram")),
@@ -289,13 +297,13 @@ def test_an_unknown_method() -> None:
                 f"QuantConfig(activation.observer={observer!r}) with quantization-aware training: ranges follow the "
                 "training with a moving average. Use 'auto' or 'moving_average'.",
             )
-            for observer in ("histogram", "min_max")
+            for observer in ("histogram", "percentile", "entropy", "min_max")
         ),
         (
             TensorSpec(observer="min_max"),
             "dynamic",
             "QuantConfig(activation=TensorSpec(dtype='auto', qscheme='auto', observer='min_max', "
-            "fake_quantize='auto')) with "
+            "percentile=99.99, fake_quantize='auto')) with "
             "method='dynamic': the range of each activation is taken when it is computed. Leave activation at its "
             "default, or use method='static'.",
         ),

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import stat
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -492,6 +493,12 @@ def test_a_place_that_is_no_folder(fresh: Path) -> None:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="unavoidable: reads /proc")
 def test_threads_are_those_of_torch() -> None:
     """A second OpenMP would have threads of its own, which wait for work while torch's do theirs."""
-    make()(torch.randn(100_000))
-    lines = Path("/proc/self/maps").read_text(encoding="utf8").splitlines()
-    assert len({line.split()[-1] for line in lines if "libgomp" in line or "libiomp" in line}) == 1
+    program = """
+import torch
+from lightning_quant.fake_quantize import FakeQuantize
+FakeQuantize()(torch.randn(100_000))
+print(*{line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line or "libiomp" in line})
+"""
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert len(loaded) == 1
