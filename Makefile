@@ -11,6 +11,9 @@ TORCH_OLDEST := torch==2.13.0
 # processes side by side with one thread each: small networks gain nothing from a second thread
 FAST := -n auto --maxprocesses 8 --dist loadfile
 
+# what the tests of the zoo measure, for the table
+export ZOO_RESULTS := $(CURDIR)/.zoo
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -41,7 +44,8 @@ test-slow: $(VENV)/.installed  ## the slow tests; run `make data` first
 	$(VENV)/bin/python -m pytest -m slow
 
 zoo: $(VENV)/.libraries  ## every architecture and library of the zoo, and the tables in docs/zoo.md
-	$(VENV)/bin/python -m pytest -m zoo
+	rm -rf $(ZOO_RESULTS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 4 -m zoo
 	$(VENV)/bin/python tests/zoo/table.py
 
 demo: $(VENV)/.installed  ## quantize a small network and show its report

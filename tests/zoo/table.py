@@ -1,6 +1,8 @@
 """Write docs/zoo.md: what static quantization leaves of each architecture of the zoo, and what training does to it.
 
 python tests/zoo/table.py [names]    (without names: all, one of each family is trained, and the file is written)
+
+Without names, what the tests have kept (tests/zoo/results.py) is not measured again.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from architectures import ARCHITECTURES, FAMILIES, MIN_COVERAGE, MIN_SQNR_DB, by
 from epoch import BATCH as TRAINING_BATCH
 from epoch import LEARNING_RATE, TRAINED, Epoch, pl, train
 from measure import BATCH, CALIBRATION_BATCHES, SETTLING_STEPS, Row, measure
+from results import kept
 from tasks import SAMPLES
 
 from lightning_quant import QuantConfig
@@ -106,12 +109,12 @@ def main(names: list[str]) -> None:
     logging.getLogger(f"{pl.__name__}.utilities.rank_zero").setLevel(logging.WARNING)
     rows, epochs = [], []
     for name in names or [entry.name for entry in ARCHITECTURES]:
-        row = measure(by_name(name))
+        row = (None if names else kept(Row, by_name(name))) or measure(by_name(name))
         print(f"{name:36s} {row.sqnr_db:6.1f} dB  coverage {row.coverage:.3f}  "
               f"prepare {row.prepare_s:5.1f} s  convert {row.convert_s:5.1f} s", flush=True)  # fmt: skip
         rows.append(row)
     for name in names or [entry.name for entry in FAMILIES.values()]:
-        epoch = _trained(name)
+        epoch = (None if names else kept(Epoch, by_name(name))) or _trained(name)
         print(f"{name:36s} last training loss: float {epoch.float_losses[-1]:.3f}  "
               f"fake quantize {epoch.fake_losses[-1]:.3f}  validation: "
               f"float {epoch.float_metrics['val_loss']:.3f}  fake quantize {epoch.fake_metrics['val_loss']:.3f}  "

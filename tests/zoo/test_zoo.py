@@ -16,6 +16,7 @@ import torch
 from architectures import ARCHITECTURES, FAMILIES, MIN_COVERAGE, MIN_SQNR_DB, Architecture
 from epoch import train
 from measure import call, measure, settled
+from results import keep
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -40,6 +41,7 @@ def _skip_if_missing(entry: Architecture) -> None:
 def test_static(entry: Architecture) -> None:
     _skip_if_missing(entry)
     row = measure(entry)
+    keep(row)
     assert row.sqnr_db >= entry.min_sqnr_db
     assert row.coverage >= entry.min_coverage
 
@@ -66,6 +68,7 @@ def test_an_epoch(entry: Architecture, tmp_path: Path) -> None:
     _skip_if_missing(entry)
     pytest.importorskip("sklearn")
     epoch = train(entry, tmp_path)
+    keep(epoch)
     assert epoch.files
     assert epoch.coverage >= entry.min_coverage
     assert not epoch.unmoved
