@@ -3,7 +3,7 @@
     python benchmarks/training.py [--rounds N] [--markdown FILE]
 
 Ratios of one run: in each round every contestant does one step, and the figure is the median over rounds of its time by
-that of float. Peak memory is that of a process of its own, above what it has after its imports, by that of float.
+that of float. Peak memory is that of all tensors in a step, in a process of its own.
 """
 
 from __future__ import annotations
@@ -111,24 +111,31 @@ def times(name: str, rounds: int) -> dict[str, float]:
     return {"float ms": 1000 * statistics.median(floats), **ratios}
 
 
-def _resident(key: str) -> float:
-    lines = Path("/proc/self/status").read_text(encoding="utf8").splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
+def _held() -> int:
+    """Bytes of all tensors that Python can reach."""
+    import torch
+
+    gc.collect()
+    storages = [x.untyped_storage() for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
 def peak(contestant: str, name: str) -> float:
-    """Megabytes that training takes at the most, above those after the imports."""
-    make_step("float", name)
-    if contestant != "float":  # what is imported and compiled on the way
-        make_step(contestant, "resnet18" if name != "resnet18" else "mobilenet_v2")()
-    gc.collect()
-    before = _resident("VmRSS")
+    """Megabytes of tensors at the most in a training step: weights, gradients, optimizer, activations, all that is."""
+    from torch.profiler import ProfilerActivity, profile
+
     step = make_step(contestant, name)
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf8")
-    for _ in range(4):
+    step()
+    step()
+    before = _held()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
-    return _resident("VmHWM") - before
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    most = total = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        most = max(most, total)
+    return (before + most) / 1e6
 
 
 def _peak_in_own_process(contestant: str, name: str) -> float | None:

@@ -1,4 +1,4 @@
-"""What the tests of the zoo measured, kept for the table: a JSON file for each, in the folder that ZOO_RESULTS names."""
+"""What the tests of the zoo measured, kept for its table: JSON files in the folder that ZOO_RESULTS names."""
 
 from __future__ import annotations
 
