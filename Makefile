@@ -51,8 +51,9 @@ zoo: $(VENV)/.libraries  ## every architecture and library of the zoo, and the t
 demo: $(VENV)/.installed  ## quantize a small network and show its report
 	$(VENV)/bin/lightning-quant demo
 
-bench: $(VENV)/.installed  ## accuracy of float and int8; run `make data` first
+bench: $(VENV)/.benchmarks  ## accuracy, and speed of training and calibration beside other tools; run `make data` first
 	$(VENV)/bin/python benchmarks/accuracy.py
+	$(VENV)/bin/python benchmarks/page.py
 
 clean:  ## remove caches and outputs; environments and data stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
@@ -64,6 +65,11 @@ clean:  ## remove caches and outputs; environments and data stay
 # LightningModules of other people, for the zoo alone
 $(VENV)/.libraries: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install -q -e '.[libraries]'
+	touch $@
+
+# the tools that benchmarks compare with
+$(VENV)/.benchmarks: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install -q -e '.[benchmarks]'
 	touch $@
 
 $(VENV)/.installed: REQUIREMENTS := $(TORCH)

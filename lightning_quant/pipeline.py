@@ -316,7 +316,9 @@ def deliver(
     parts = _parts(quantized, sample, captured)
     covered = _coverage(quantized, captured, sample, parts)
     _check_coverage(covered, config)
-    artifacts = write([part.program for part in parts], formats, export.path)
+    optional = formats[1:] if export.formats is None else ()
+    artifacts, not_written = write([part.program for part in parts], formats, export.path, optional)
+    left_out = left_out | not_written
     entries, latency_float = _format_reports(quantized, parts, artifacts, data)
     native = entries[formats[0]]
     resolved = parts[0].program.config

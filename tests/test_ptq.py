@@ -42,7 +42,9 @@ from torch import nn
 from lightning_quant import (
     CalibrationError,
     ExportConfig,
+    ExportError,
     PostTrainingQuantization,
+    exporters,
     load,
 )
 
@@ -521,3 +523,32 @@ def test_progress_bar(shown: bool, capsys: pytest.CaptureFixture[str]) -> None:
     out = "".join(capsys.readouterr())
     assert ("Calibrating" in out) == shown
     assert "int8 by static" in out
+
+
+@pytest.fixture
+def no_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What happens to networks that sort their sequences by length, whose number no ONNX file can leave open."""
+
+    def refuse(*_: Any) -> Path:
+        raise ExportError("torch.export cannot capture the model: u0\nmore lines")
+
+    monkeypatch.setitem(exporters._EXPORTERS, "onnx", refuse)
+
+
+@pytest.mark.usefixtures("no_onnx")
+def test_a_format_that_nobody_named_is_left_out_where_it_cannot_be() -> None:
+    callback = PostTrainingQuantization()
+    trainer(callback).validate(Classifier(mlp()), datamodule=Digits())
+    assert callback.report is not None
+    assert callback.report.artifacts == {"torchscript": Path("quantized/model.ts")}
+    reason = "torch.export cannot capture the model: u0"
+    assert callback.report.formats_left_out == {"onnx": reason}
+    assert f"`onnx` was not written: {reason}." in Path("quantized/report.md").read_text(encoding="utf8")
+
+
+@pytest.mark.usefixtures("no_onnx")
+def test_a_format_that_was_named_is_an_error_where_it_cannot_be() -> None:
+    callback = PostTrainingQuantization(export=ExportConfig(formats=("torchscript", "onnx")))
+    with pytest.raises(ExportError, match=r"torch\.export cannot capture the model: u0"):
+        trainer(callback).validate(Classifier(mlp()), datamodule=Digits())
+    assert not [path for path in Path("quantized").iterdir() if path.suffix in (".ts", ".onnx")]

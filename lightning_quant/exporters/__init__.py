@@ -26,7 +26,14 @@ from lightning_quant.analysis.sqnr import float_tensors, sqnr_db
 from lightning_quant.arguments import Captured, Interface, Positional, signature_of, with_batch
 from lightning_quant.backends.graph import Prepared, engine, info, is_graph
 from lightning_quant.config import ExportConfig, FormatName, Method, QuantConfig, resolve_formats
-from lightning_quant.errors import ArtifactError, ConfigError, ExportError, QuantizationError
+from lightning_quant.errors import (
+    ArtifactError,
+    ConfigError,
+    ExportError,
+    MissingExtraError,
+    QuantizationError,
+    first_line,
+)
 from lightning_quant.exporters import onnx, pt2, torchscript
 from lightning_quant.exporters.qdq import to_qdq
 from lightning_quant.runtime import FORMAT_VERSION, load
@@ -115,14 +122,30 @@ def artifact_path(directory: Path, format_name: str, target: str) -> Path:
     return directory / f"model{middle}.{SUFFIXES[format_name]}"
 
 
-def write(programs: list[Program], formats: tuple[FormatName, ...], directory: Path) -> tuple[Artifact, ...]:
+class FormatError(ExportError):
+    """A format cannot hold a program."""
+
+
+def write(
+    programs: list[Program], formats: tuple[FormatName, ...], directory: Path, optional: tuple[FormatName, ...] = ()
+) -> tuple[tuple[Artifact, ...], dict[str, str]]:
     """Write each program in each format.
+
+    Args:
+        programs: One for each target.
+        formats: Those to write.
+        directory: Where.
+        optional: Those of ``formats`` that nobody named: where one cannot hold a program, it is left out for all.
+
+    Returns:
+        The files, and the formats that were left out with their reasons.
 
     Raises:
         ExportError: A file could not be written, or computes something else than its program. No file was replaced.
     """
     check_writable(directory)
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=directory))
+    left_out: dict[str, str] = {}
     try:
         done: list[Artifact] = []
         for program in programs:
@@ -131,13 +154,22 @@ def write(programs: list[Program], formats: tuple[FormatName, ...], directory: P
             for name in formats:
                 source = program.converted if name not in _FROM_QDQ or qdq is None else qdq
                 path = artifact_path(partial, name, program.name)
-                done.append(_write_one(program, source, name, path))
+                if name in left_out:
+                    continue
+                try:
+                    done.append(_write_one(program, source, name, path))
+                except FormatError as error:
+                    if name not in optional:
+                        raise
+                    left_out[name] = first_line(error).rstrip(".")
         moved = []
         for artifact in done:
+            if artifact.format in left_out:
+                continue
             final = directory / artifact.path.name
             os.replace(artifact.path, final)
             moved.append(Artifact(artifact.format, artifact.target, final, artifact.size_bytes, artifact.sqnr_db))
-        return tuple(moved)
+        return tuple(moved), left_out
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -213,10 +245,12 @@ def _write_one(program: Program, source: nn.Module, name: str, path: Path) -> Ar
     try:
         with engine(program.config.engine):
             _EXPORTERS[name](source, smaller(source, program.data, 2), path, metadata)
-    except QuantizationError:
+    except MissingExtraError:
         raise
+    except QuantizationError as error:
+        raise FormatError(str(error)) from error
     except Exception as error:
-        raise ExportError(
+        raise FormatError(
             f"{label} failed: {type(error).__name__}: {error}. Leave the format out with "
             "ExportConfig(formats=...), or the part that cannot be exported with QuantConfig(skip=...)."
         ) from error
@@ -323,7 +357,8 @@ def export(
         infos[0].method,
         opaque=not whole or any(known.kept for known in infos),
     )
-    return {artifact.format: artifact.path for artifact in write([program], formats, export_config.path)}
+    artifacts, _ = write([program], formats, export_config.path)
+    return {artifact.format: artifact.path for artifact in artifacts}
 
 
 def _positional(model: nn.Module, interface: Interface) -> nn.Module:

@@ -1,0 +1,145 @@
+"""What a prepared graph need not run is hidden from it, and back when it is converted."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from models import Residual
+from torch import fx, nn
+from torch.nn import functional as F
+
+from lightning_quant import QuantConfig, convert, prepare
+from lightning_quant._torch_ao import is_observer
+from lightning_quant.analysis.sqnr import sqnr_db
+from lightning_quant.backends.graph import is_graph
+from lightning_quant.backends.hiding import hide, restore
+from lightning_quant.fake_quantize import is_ours
+
+X = torch.randn(8, 3, 12, 12)
+
+
+class Clamps(nn.Module):
+    """Takes ``(N, 3, 12, 12)``: every clamp, as module and as function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3 if i == 0 else 6, 6, 3, padding=1) for i in range(6))
+        self.bn = nn.BatchNorm2d(6)
+        self.relu6 = nn.ReLU6(inplace=True)
+        self.hardtanh = nn.Hardtanh(-0.5, 0.5)
+        self.relu = nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.relu6(self.bn(self.convs[0](x)))
+        x = self.hardtanh(self.convs[1](x))
+        x = self.relu(self.convs[2](x))
+        x = F.relu6(self.convs[3](x))
+        x = F.hardtanh(self.convs[4](x), -0.25, 0.75)
+        return torch.relu(self.convs[5](x) + x)
+
+
+def graph_of(prepared: nn.Module) -> Any:
+    return next(module for module in (prepared, *prepared.modules()) if is_graph(module))
+
+
+def targets(graph: fx.GraphModule) -> list[str]:
+    return [str(node.target) for node in graph.graph.nodes]
+
+
+@pytest.mark.parametrize("backend", ["fx", "eager", "pt2e"])
+def test_training_gives_what_it_gives_with_the_clamps_in_their_places(backend: Any) -> None:
+    """Without fake quantize: the float network, and its gradients."""
+    model = Clamps()
+    prepared: Any = prepare(model, QuantConfig(backend=backend), method="qat", example_inputs=X)
+    for module in prepared.modules():
+        if is_ours(module):
+            module.disable_fake_quant()
+    prepared.train()
+    expected = model(X)
+    found = prepared(X)
+    assert torch.allclose(expected, found, atol=1e-5)
+    ours, theirs = (torch.autograd.grad(y.square().sum(), list(model.parameters())) for y in (found, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("backend", ["fx", "eager", "pt2e"])
+@pytest.mark.parametrize("method", ["static", "qat"])
+def test_conversion_sees_what_was_hidden(backend: Any, method: Any) -> None:
+    model = Clamps().eval() if method == "static" else Clamps()
+    prepared: Any = prepare(model, QuantConfig(backend=backend), method=method, example_inputs=X)
+    with torch.no_grad():
+        for _ in range(3):
+            prepared(X)
+    prepared.eval()
+    for module in prepared.modules():
+        if is_ours(module):
+            module.disable_observer()
+    with torch.no_grad():
+        expected = prepared(X)
+        converted: Any = convert(prepared)
+        assert sqnr_db(expected, converted(X)) > 28
+        assert torch.equal(prepared(X), expected)  # which is as it was
+        assert converted(X).min() >= 0
+
+
+def test_all_clamps_are_hidden_in_training() -> None:
+    graph = graph_of(prepare(Clamps(), method="qat", example_inputs=X))
+    # the last of them run in float: what follows gives a float result
+    left = [name for name in targets(graph) if any(kind in name for kind in ("relu", "hardtanh"))]
+    assert len(left) == 2
+    clamps = [module.clamp for module in graph.modules() if is_ours(module)]
+    for clamp in ((0.0, 6.0), (-0.5, 0.5), (0.0, float("inf"))):
+        assert clamp in clamps
+
+
+def test_what_a_relu6_cuts_off_is_not_in_its_range() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU6(), nn.Conv2d(4, 2, 1)).eval()
+    prepared: Any = prepare(model, method="static", example_inputs=X)
+    with torch.no_grad():
+        prepared(X * 10)
+    seen = [module for module in prepared.modules() if is_observer(module) and hasattr(module, "search")]
+    behind = [module for module in seen if module.max_val == 6.0]
+    assert len(behind) == 1
+    assert behind[0].min_val == 0.0
+
+
+def test_a_value_that_two_read_is_not_clamped_for_the_other() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.first(x)
+            return self.second(F.relu(y)) + y
+
+    model = Both()
+    for backend in ("fx", "eager", "pt2e"):
+        prepared: Any = prepare(model, QuantConfig(backend=backend), method="qat", example_inputs=X)  # type: ignore[arg-type]
+        for module in prepared.modules():
+            if is_ours(module):
+                module.disable_fake_quant()
+        assert torch.allclose(prepared(X), model(X), atol=1e-5)
+
+
+def test_hidden_nodes_come_back_in_order() -> None:
+    traced = fx.symbolic_trace(Residual())
+    before = [(n.op, n.name, str(n.target), [str(a) for a in n.args], dict(n.kwargs)) for n in traced.graph.nodes]
+    chain = [n for n in traced.graph.nodes if len(n.all_input_nodes) == 1 and len(n.users) == 1]
+    hidden = [n for n in chain if len(next(iter(n.users)).all_input_nodes) == 1 and n.op == "call_module"]
+    assert len(hidden) >= 2
+    x = torch.randn(2, 3, 8, 8)
+    expected = traced.eval()(x)
+    for node in hidden:
+        hide(node)
+    traced.recompile()
+    assert len(traced.graph.nodes) == len(before) - len(hidden)
+    traced = copy.deepcopy(traced)  # as conversion does: names are free in a copy
+    restore(traced)
+    after = [(n.op, n.name, str(n.target), [str(a) for a in n.args], dict(n.kwargs)) for n in traced.graph.nodes]
+    assert after == before
+    assert torch.equal(traced(x), expected)
