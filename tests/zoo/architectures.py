@@ -92,6 +92,7 @@ def _video(name: str) -> Architecture:
 #: Lower floors: SQNR, coverage, and why.
 _LOWER: dict[str, tuple[float, float, str]] = {
     "dla34": (14.0, MIN_COVERAGE, "random weights amplify: 1e-6 of the input moves the int8 output by 28 dB"),
+    "selecsls42b": (14.0, MIN_COVERAGE, "random weights amplify: 1e-6 of the input moves the int8 output by 29 dB"),
     "resnetv2_50x1_bit": (
         6.0,
         MIN_COVERAGE,
