@@ -15,21 +15,22 @@ PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
 HEAD = """# Benchmarks
 
-Made by `make bench`. Ratios of one run on 2 threads: contestants take turns, and each figure is the median over the rounds
-of a time by that of the float network in the same round. glibc's allocator is told to keep freed memory
-(`MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_THRESHOLD_`), as a long training on a CPU should: otherwise a third of a step may
-go to getting it back, for float as for the others.
+Made by `make bench`. Ratios of one run on 2 threads: contestants take turns, and each figure is the median over the
+rounds of a time by that of the float network in the same round. glibc's allocator is told to keep freed memory
+(`MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_THRESHOLD_`), as a long training on a CPU should: otherwise a third of a step
+may go to getting it back, for float as for the others.
 """
 TRAINING = """## Training
 
-Time of a step (forward, backward, SGD with momentum) by that of float, batch 16, 96x96, random weights; and memory: all
-tensors at the peak of a step, by float's. *torch FX*: `prepare_qat_fx` with the default mapping of `x86`. *torchao PT2E*:
-`prepare_qat_pt2e` with the `X86InductorQuantizer`. *NNCF*: the model that `nncf.quantize` gives, trained.
+Time of a step (forward, backward, SGD with momentum) by that of float, batch 16, 96x96, random weights; and memory:
+all tensors at the peak of a step, by float's. *torch FX*: `prepare_qat_fx` with the default mapping of `x86`.
+*torchao PT2E*: `prepare_qat_pt2e` with the `X86InductorQuantizer`. *NNCF*: the model that `nncf.quantize` gives.
 """
 CALIBRATION = """## Calibration
 
-Time of a pass with histogram observers by that of the float network, batch 16, 96x96, random weights. The last two columns
-are whole quantizations of 304 images, from the float network to the quantized one, by the time of as many float passes.
+Time of a pass with histogram observers by that of the float network, batch 16, 96x96, random weights. The last two
+columns are whole quantizations of 304 images, from the float network to the quantized one, by the time of as many float
+passes.
 """
 
 

@@ -1,9 +1,10 @@
 """Range estimation from histograms, at about the cost of min and max.
 
-Every value is looked at once for min and max, and up to ``SAMPLES`` values of a tensor are counted, of the first tensors
-more: one from each of as many stretches of equal length, at a place that is drawn. By the inequality of Dvoretzky, Kiefer and Wolfowitz (Massart
-1990) the share of values below any number is then right to ``sqrt(log(2 / p) / (2 * n))`` with probability ``1 - p``
-for ``n`` counted values: to 0.4 % after ten tensors, with probability 0.99. Stretches only make it better.
+Every value is looked at once for min and max, and up to ``SAMPLES`` values of a tensor are counted, of the first
+tensors more: one from each of as many stretches of equal length, at a place that is drawn. By the inequality of
+Dvoretzky, Kiefer and Wolfowitz (Massart 1990) the share of values below any number is then right to
+``sqrt(log(2 / p) / (2 * n))`` with probability ``1 - p`` for ``n`` counted values: to 0.4 % after ten tensors, with
+probability 0.99. Stretches only make it better.
 
 Bins are as wide as a power of two and begin at multiples of it. When values come that do not fit, each two become one,
 so that histograms of any order, or of several processes, have the same sum, exactly.
