@@ -37,7 +37,7 @@ from roots import part, pl
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_quant import ConfigError, ExportError, QuantConfig, QuantizationAwareTraining, load
+from lightning_quant import ConfigError, ExportConfig, ExportError, QuantConfig, QuantizationAwareTraining, load
 
 EMAWeightAveraging = part("callbacks").EMAWeightAveraging
 ModelCheckpoint = part("callbacks").ModelCheckpoint
@@ -514,7 +514,8 @@ def test_a_crash_in_an_exporter_keeps_the_trained_weights(
 
     monkeypatch.setattr(breaks, crash)
     expected, _ = fitted()
-    model, callback = seeded(), QuantizationAwareTraining()
+    callback = QuantizationAwareTraining(export=ExportConfig(formats=("torchscript", "onnx")))
+    model = seeded()
     torch.manual_seed(12)
     with pytest.raises(ExportError, match="no such operator"):
         trainer(callback).fit(model, Digits())
