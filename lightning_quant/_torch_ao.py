@@ -121,6 +121,7 @@ __all__ = [
     "QuantizationTracer",
     "UniformQuantizationObserverBase",
     "attach_node_meta",
+    "classes",
     "convert_dynamic_jit",
     "convert_graph",
     "convert_jit",
@@ -176,6 +177,11 @@ def is_observer(module: object) -> bool:
     """Whether ``module`` is an observer or a fake quantize, of torch.ao or of torchao."""
     bases = (FakeQuantizeBase, ObserverBase, *_torchao_classes("FakeQuantizeBase", "ObserverBase"))
     return isinstance(module, bases)
+
+
+def classes(*names: str) -> tuple[type, ...]:
+    """The classes of these names of torch.ao, and those of torchao if it was imported."""
+    return (*(globals()[name] for name in names), *_torchao_classes(*names))
 
 
 def _torchao_classes(*names: str) -> tuple[type, ...]:

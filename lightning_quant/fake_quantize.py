@@ -118,7 +118,7 @@ def _eagerly(module: Any, x: torch.Tensor) -> torch.Tensor:
     x = _clamped(module, x)
     if observing:
         _keep_range(module, *_followed(module, *_range(module, x.detach())))
-    _keep_qparams(module)
+    keep_qparams(module)
     return _rounded(module, x) if rounding else x
 
 
@@ -315,7 +315,7 @@ def _keep_range(module: Any, low: torch.Tensor, high: torch.Tensor) -> None:
     observer.max_val.copy_(high)
 
 
-def _keep_qparams(module: Any) -> None:
+def keep_qparams(module: Any) -> None:
     """Scale and zero point of the range, by the formulas of torch's observers (``UniformQuantizationObserverBase``)."""
     observer = module.activation_post_process
     seen = observer.min_val <= observer.max_val
@@ -353,7 +353,7 @@ def _in_a_graph(module: Any, x: torch.Tensor) -> torch.Tensor:
     low, high = _followed(module, *_range(module, x.detach()))
     observing = observing.reshape(()).expand(low.shape)
     _keep_range(module, torch.where(observing, low, observer.min_val), torch.where(observing, high, observer.max_val))
-    _keep_qparams(module)
+    keep_qparams(module)
     rounding = (module.fake_quant_enabled != 0).reshape(())
     return torch.where(rounding, _rounded(module, x), x)
 

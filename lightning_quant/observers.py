@@ -7,7 +7,8 @@ Dvoretzky, Kiefer and Wolfowitz (Massart 1990) the share of values below any num
 probability 0.99. Stretches only make it better.
 
 Bins are as wide as a power of two and begin at multiples of it. When values come that do not fit, each two become one,
-so that histograms of any order, or of several processes, have the same sum, exactly.
+and counts are multiples of ``1 / PARTS``, so that histograms of any order, or of several processes, have the same sum,
+exactly, while a bin has less than ``2 ** 53 / PARTS`` of them: 69 thousand million.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from lightning_quant.range_search import Counts, least_divergence, least_error, 
 #: ``EARLY`` times as many, half, a third ...
 SAMPLES = 16384
 EARLY = 8
+#: A value that is counted stands for ``x.numel() / samples`` values: ``samples`` divides this power of two, or is all.
+PARTS = SAMPLES * EARLY
 #: Bins on either side of 0.
 HALF = 4096
 #: A bin is at least 2 to the power of this wide: its inverse is still a float32.

@@ -23,7 +23,7 @@ LAYERS = (
     ("config",),
     ("recipes", "qat_modules", "qconfig", "fusion", "capture", "observers", "fake_quantize", "placement", "layers"),
     ("backends",),
-    ("phases", "attachment", "exporters", "runtime", "analysis"),
+    ("phases", "attachment", "exporters", "runtime", "analysis", "ranks"),
     ("evaluate", "inputs", "tuning", "report"),
     ("pipeline",),
     ("callbacks",),

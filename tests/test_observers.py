@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from lightning_quant import CalibrationError, QuantConfig, TensorSpec, native, prepare
 from lightning_quant._torch_ao import HistogramObserver as TorchHistogramObserver
 from lightning_quant.demo import Digits
-from lightning_quant.observers import HALF, SAMPLES, HistogramObserver, coarser, merge
+from lightning_quant.observers import PARTS, HALF, SAMPLES, HistogramObserver, coarser, merge
 from lightning_quant.range_search import Counts, least_error
 
 DATA: dict[str, Any] = {
@@ -106,6 +106,16 @@ def test_large_tensors_are_sampled_within_the_bound(name: str) -> None:
     bound = math.sqrt(math.log(2 / 0.01) / (2 * 10 * SAMPLES))
     assert bound < 0.0041
     assert np.abs(found / x.numel() - expected).max() < bound
+
+
+@pytest.mark.usefixtures("either")
+def test_counts_are_multiples_of_one_part() -> None:
+    made = observer()
+    for size in (1_000_003, 131_073, 65_537, 40_001, 32_771, 100_003, 20_011, 16_385, 16_385, 9):
+        made(torch.randn(size))
+        for counts in (made.histogram, made.zeros):
+            assert torch.equal(counts * PARTS, torch.round(counts * PARTS))
+    assert not torch.equal(made.histogram, made.histogram.round())
 
 
 def test_all_of_a_tensor_is_looked_at_for_min_and_max() -> None:
