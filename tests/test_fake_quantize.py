@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
 import os
@@ -17,12 +18,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import PROPERTY
+from models import PROPERTY, Residual
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lightning_quant import native
+from lightning_quant import CalibrationError, QuantConfig, convert, native, prepare
 from lightning_quant._torch_ao import FakeQuantize as TorchFakeQuantize
 from lightning_quant._torch_ao import MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
+from lightning_quant.backends.graph import observers
 from lightning_quant.fake_quantize import FakeQuantize
 
 TENSOR = (torch.per_tensor_affine, torch.per_tensor_symmetric)
@@ -264,6 +267,73 @@ def test_scale_and_zero_point_follow_a_range_that_was_set() -> None:
     assert module.zero_point.item() == zero_point.item()
 
 
+AVERAGES: dict[str, Any] = {
+    "equal weights": (None, lambda steps: sum(steps) / len(steps)),
+    "ema": (get_ema_multi_avg_fn(0.75), lambda steps: functools.reduce(lambda a, x: 0.75 * a + 0.25 * x, steps)),
+}
+
+
+@pytest.mark.parametrize("averaging", AVERAGES)
+@pytest.mark.parametrize("backend", ["fx", "eager", "pt2e"])
+def test_averages_of_weights_average_ranges(backend: Any, averaging: str) -> None:
+    """As Lightning's ``WeightAveraging`` does: a copy from before the first step, and buffers by their places."""
+    average, expected = AVERAGES[averaging]
+    prepared = trainable(backend)
+    shapes = {name: buffer.shape for name, buffer in prepared.named_buffers()}
+    averaged = AveragedModel(prepared, multi_avg_fn=average, use_buffers=True)
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=0.05)
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in observers(prepared)}
+    for step in range(4):
+        optimizer.zero_grad()
+        prepared(torch.randn(8, 3, 8, 8) * (1 + step) + step).square().mean().backward()
+        optimizer.step()
+        averaged.update_parameters(prepared)
+        assert {name: buffer.shape for name, buffer in prepared.named_buffers()} == shapes
+        for name, module in observers(prepared).items():
+            seen[name].append(ends(module))
+    assert {steps[0].numel() for steps in seen.values()} >= {2, 16}  # of tensors, of channels
+    found: dict[str, Any] = observers(averaged.module)
+    for name, module in found.items():
+        assert (module.observer_enabled.item(), module.fake_quant_enabled.item()) == (1, 1)
+        torch.testing.assert_close(ends(module), expected(seen[name]), rtol=1e-5, atol=1e-6)
+        module.disable_observer()
+    before = {name: ends(module) for name, module in found.items()}
+    averaged.eval()(torch.randn(2, 3, 8, 8))
+    for name, module in found.items():
+        assert torch.equal(ends(module), before[name])
+        scale, zero_point = module.calculate_qparams()
+        assert torch.equal(module.scale.reshape(-1), scale.reshape(-1)), name
+        assert torch.equal(module.zero_point.reshape(-1).long(), zero_point.reshape(-1).long()), name
+
+
+@pytest.mark.parametrize("backend", ["fx", "eager", "pt2e"])
+def test_an_average_that_began_before_the_ranges_is_an_error(backend: Any) -> None:
+    prepared = trainable(backend)
+    averaged = AveragedModel(prepared, multi_avg_fn=get_ema_multi_avg_fn(0.75), use_buffers=True)
+    averaged.update_parameters(prepared)
+    prepared(torch.randn(8, 3, 8, 8))
+    averaged.update_parameters(prepared)
+    with pytest.raises(CalibrationError) as caught:
+        convert(averaged.module)
+    first = next(n for n, m in observers(prepared).items() if ends(m).numel() == 2)
+    assert str(caught.value) == (
+        f"9 observers have a range that is NaN (the first: {first}). An average of weights (EMA, SWA) has that if it "
+        "began before they had seen data, because they begin at infinity. Let it begin after the first batch that ran "
+        "quantized; with Lightning's WeightAveraging: by should_update."
+    )
+
+
+def trainable(backend: Any) -> Any:
+    x = torch.randn(4, 3, 8, 8)
+    return prepare(Residual(), QuantConfig(backend=backend), method="qat", example_inputs=x)
+
+
+def ends(module: Any) -> torch.Tensor:
+    """Min and max, ``(2, ...)``, float64."""
+    observer = module.activation_post_process
+    return torch.stack([observer.min_val, observer.max_val]).double()
+
+
 # ---- a clamp in front
 
 
@@ -495,6 +565,7 @@ def test_threads_are_those_of_torch() -> None:
     """A second OpenMP would have threads of its own, which wait for work while torch's do theirs."""
     program = """
 import torch
+from lightning_quant.backends.graph import observers
 from lightning_quant.fake_quantize import FakeQuantize
 FakeQuantize()(torch.randn(100_000))
 print(*{line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line or "libiomp" in line})

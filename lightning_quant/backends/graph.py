@@ -224,25 +224,34 @@ def is_initialised(prepared: nn.Module) -> bool:
 
 
 def _unseen(prepared: nn.Module) -> list[str]:
-    names = []
+    return [name for name, low in _lows(prepared) if low.numel() == 0 or bool(torch.isinf(low).any())]
+
+
+def _lows(prepared: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and least value of each observer of an activation."""
     for name, module in observers(prepared).items():
-        observer = getattr(module, "activation_post_process", module)
-        low = getattr(observer, "min_val", None)
-        if sees_weights(prepared, name) or low is None:
-            continue
-        if low.numel() == 0 or bool(torch.isinf(low).any()):
-            names.append(name)
-    return names
+        low = getattr(getattr(module, "activation_post_process", module), "min_val", None)
+        if low is not None and not sees_weights(prepared, name):
+            yield name, low
 
 
 def check_seen(prepared: nn.Module) -> None:
     """Refuse to convert what was neither calibrated nor trained.
 
     Raises:
-        CalibrationError: An observer saw no data.
+        CalibrationError: An observer saw no data, or has a range that is NaN.
     """
-    if info(prepared).method != "dynamic" and (unseen := _unseen(prepared)):
+    if info(prepared).method == "dynamic":
+        return
+    if unseen := _unseen(prepared):
         raise unseen_error(unseen)
+    nan = [name for name, low in _lows(prepared) if bool(torch.isnan(low).any())]
+    if nan:
+        raise CalibrationError(
+            f"{len(nan)} observers have a range that is NaN (the first: {nan[0]}). An average of weights (EMA, SWA) "
+            "has that if it began before they had seen data, because they begin at infinity. Let it begin after the "
+            "first batch that ran quantized; with Lightning's WeightAveraging: by should_update."
+        )
 
 
 def unseen_error(names: list[str]) -> CalibrationError:
