@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from lightning_quant import CalibrationError, QuantConfig, TensorSpec, native, prepare
 from lightning_quant._torch_ao import HistogramObserver as TorchHistogramObserver
 from lightning_quant.demo import Digits
-from lightning_quant.observers import PARTS, HALF, SAMPLES, HistogramObserver, coarser, merge
+from lightning_quant.observers import HALF, PARTS, SAMPLES, HistogramObserver, coarser, merge
 from lightning_quant.range_search import Counts, least_error
 
 DATA: dict[str, Any] = {
