@@ -1,22 +1,28 @@
 """The neutral form: float arithmetic between explicit quantize and dequantize operators, weights stored as int8.
 
-:func:`to_qdq` takes the reference graph of a backend. What it gives is an ordinary module that torch runs and that
-``torch.export`` and the ONNX exporter read. It never invents qparams: it stores the ones that it finds.
+:func:`to_qdq` takes the reference graph of a backend. What it gives is an ordinary module that torch runs. It never
+invents qparams: it stores the ones that it finds. :func:`to_program` makes of it the ``torch.export`` program that every
+file but TorchScript is written from.
 """
 
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten, tree_map
 
 # registers torch.ops.quantized_decomposed, of which the reference graph is made
-from lightning_quant._torch_ao import reference_modules
+from lightning_quant._torch_ao import quiet, reference_modules
+from lightning_quant.backends.graph import place_of
+from lightning_quant.errors import ExportError
 
 _OPS = torch.ops.quantized_decomposed
+_DEQUANTIZERS = (_OPS.dequantize_per_channel.default, _OPS.dequantize_per_tensor.default)
 _FUNCTIONS: dict[type[nn.Module], Any] = {
     reference_modules.Linear: F.linear,
     reference_modules.Conv1d: F.conv1d,
@@ -99,6 +105,7 @@ def to_qdq(reference: fx.GraphModule) -> fx.GraphModule:
             parent, _, child = name.rpartition(".")
             setattr(graph_module.get_submodule(parent), child, Int8Weight(module))
     _store_functional_weights(graph_module)
+    _name_weights(graph_module)
     graph_module.graph.lint()
     graph_module.recompile()
     graph_module.delete_all_unused_submodules()
@@ -126,8 +133,95 @@ def _store_functional_weights(graph_module: fx.GraphModule) -> None:
             del registry[name]
 
 
+def _name_weights(graph_module: fx.GraphModule) -> None:
+    """Let the integers of a weight in an exported graph have the name of its layer: ``_frozen_param3`` tells nothing."""
+    for node in list(graph_module.graph.nodes):
+        if node.op != "get_attr" or "." in str(node.target):
+            continue
+        dequantizers = [user for user in node.users if user.target in _DEQUANTIZERS and user.args[0] is node]
+        layers = [layer for dequantize in dequantizers for layer in dequantize.users]
+        place = place_of(layers[0]) if len(layers) == 1 else ""
+        if not place:
+            continue
+        *parents, _ = place = f"{place}.weight".split(".")
+        owner: nn.Module = graph_module
+        for name in parents:
+            if not isinstance(getattr(owner, name, None), nn.Module):
+                owner.add_module(name, nn.Module())
+            owner = getattr(owner, name)
+        if hasattr(owner, "weight"):
+            continue
+        owner.register_buffer("weight", _attribute(graph_module, str(node.target)))
+        with graph_module.graph.inserting_before(node):
+            named = graph_module.graph.get_attr(".".join(place))
+        named.meta = node.meta
+        node.replace_all_uses_with(named)
+        graph_module.graph.erase_node(node)
+        delattr(graph_module, str(node.target))
+
+
 def _attribute(module: nn.Module, path: str) -> Any:
     value: Any = module
     for part in path.split("."):
         value = getattr(value, part)
     return value
+
+
+class Variadic(nn.Module):
+    """One signature for every program, so that the shapes of its inputs can be said in one way."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *data: Any) -> Any:
+        """What the program gives."""
+        return self.module(*data)
+
+
+def to_program(
+    module: nn.Module, inputs: tuple[Any, ...], free_dims: tuple[tuple[int, ...], ...]
+) -> torch.export.ExportedProgram:
+    """``module`` as a ``torch.export`` program with a free batch dimension.
+
+    Args:
+        module: In the neutral form; takes the data by position.
+        inputs: Example data with at least two samples: the first dimension of every tensor that has as many rows as
+            the first one becomes the batch.
+        free_dims: For each input, other dimensions that are free; empty: none are.
+
+    Raises:
+        ExportError: It cannot be captured with a free batch dimension.
+    """
+    shapes = dynamic_shapes(inputs, torch.export.Dim("batch", min=1), free_dims)
+    try:
+        with quiet(), warnings.catch_warnings(), torch.no_grad():
+            warnings.filterwarnings("ignore", module="torch.export")
+            return torch.export.export(Variadic(module).eval(), inputs, dynamic_shapes=(shapes,), strict=False)
+    except RuntimeError as error:  # torch.export's own errors, and those of the operators that it runs
+        raise ExportError(
+            f"torch.export cannot capture the model with a free batch dimension: {error}\nLeave the part that it names "
+            "out with QuantConfig(targets=...), or the format out of ExportConfig(formats=...)."
+        ) from error
+
+
+def dynamic_shapes(inputs: tuple[Any, ...], batch: Any, free_dims: tuple[tuple[int, ...], ...]) -> Any:
+    """``inputs`` with ``{0: batch}`` for each tensor with as many rows as the first one, ``None`` for others.
+
+    Args:
+        inputs: Example data.
+        batch: A dimension of ``torch.export``.
+        free_dims: For each input, other dimensions that are free; empty: none are.
+    """
+    tensors = [x for x in tree_flatten(inputs)[0] if isinstance(x, torch.Tensor) and x.dim()]
+    size = tensors[0].shape[0] if tensors else 0
+
+    def shape(x: Any) -> Any:
+        return {0: batch} if isinstance(x, torch.Tensor) and x.dim() and x.shape[0] == size else None
+
+    shapes = tuple(tree_map(shape, inputs))
+    for number, dims in enumerate(free_dims):
+        if dims and isinstance(inputs[number], torch.Tensor):
+            free = {dim: torch.export.Dim.AUTO for dim in dims if dim or not shapes[number]}
+            shapes = (*shapes[:number], {**free, **(shapes[number] or {})}, *shapes[number + 1 :])
+    return shapes

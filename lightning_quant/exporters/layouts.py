@@ -1,0 +1,231 @@
+"""Where quantize and dequantize stand in a program, for each runtime: it fuses only the layout that it knows.
+
+A pair (``x -> quantize -> dequantize``) is only ever dropped. Nothing here makes qparams: what a runtime quantizes is
+what was observed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch.export.graph_signature import InputKind, TensorArgument
+
+# registers torch.ops.quantized_decomposed
+from lightning_quant._torch_ao import reference_modules  # noqa: F401
+
+Program = torch.export.ExportedProgram
+
+_QDQ = torch.ops.quantized_decomposed
+_ATEN = torch.ops.aten
+_QUANTIZE = (_QDQ.quantize_per_tensor.default, _QDQ.quantize_per_tensor.tensor)
+_DEQUANTIZE = (_QDQ.dequantize_per_tensor.default, _QDQ.dequantize_per_tensor.tensor)
+_DEQUANTIZE_WEIGHT = (*_DEQUANTIZE, _QDQ.dequantize_per_channel.default)
+_CONVS = frozenset({
+    _ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv3d.default,
+    _ATEN.conv1d.padding, _ATEN.conv2d.padding, _ATEN.conv3d.padding,
+    _ATEN.conv_transpose1d.default, _ATEN.conv_transpose2d.input, _ATEN.conv_transpose3d.input,
+    _ATEN.convolution.default,
+})  # fmt: skip
+_MATRIX_PRODUCTS = frozenset({_ATEN.linear.default, _ATEN.matmul.default, _ATEN.mm.default, _ATEN.bmm.default})
+_KERNELS = _CONVS | _MATRIX_PRODUCTS | {_ATEN.embedding.default, _ATEN.scaled_dot_product_attention.default}
+#: Functions of one value that a kernel computes on its sums before it writes them.
+_ACTIVATIONS = frozenset({
+    _ATEN.relu.default, _ATEN.relu6.default, _ATEN.silu.default, _ATEN.gelu.default, _ATEN.sigmoid.default,
+    _ATEN.tanh.default, _ATEN.hardswish.default, _ATEN.hardsigmoid.default, _ATEN.hardtanh.default, _ATEN.elu.default,
+    _ATEN.leaky_relu.default, _ATEN.mish.default, _ATEN.softplus.default, _ATEN.clamp.default,
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a runtime does with the pairs of a program.
+
+    Attributes:
+        activations_inside: A layer and the activation behind it are one kernel; a pair between them parts the two.
+        output_in_float: A kernel writes floats as fast as integers; a pair at the very end costs two steps.
+        convs_write_integers: There is an int8 convolution only where its output is quantized, directly or behind a
+            ReLU; any other convolution is left in float.
+    """
+
+    activations_inside: bool = False
+    output_in_float: bool = False
+    convs_write_integers: bool = False
+
+
+#: Format -> how its runtime fuses. docs/architecture.md says how that was found.
+LAYOUTS: dict[str, Layout] = {
+    "pt2": Layout(),  # no runtime of its own: everything that is known stays in
+    "onnx": Layout(convs_write_integers=True),
+    "openvino": Layout(activations_inside=True, output_in_float=True),
+    "aoti": Layout(activations_inside=True, output_in_float=True),
+}
+
+
+def laid_out(program: Program, layout: Layout, in_float: Collection[str] = ()) -> Program:
+    """A copy of ``program``, which shares its weights, with the pairs that a runtime fuses.
+
+    Args:
+        program: From :func:`lightning_quant.exporters.qdq.to_program`.
+        layout: One of ``LAYOUTS``.
+        in_float: Layers, by the names of :func:`int8_layers`, that compute in float, with the values that their int8
+            weights stand for.
+    """
+    shared = {id(tensor): tensor for tensor in (*program.state_dict.values(), *program.constants.values())}
+    result = copy.deepcopy(program, shared)
+    graph = result.graph
+    if layout.activations_inside:
+        _drop(result, (q for q in _pairs(graph) if _parts_an_activation(q)))
+    if layout.output_in_float:
+        _drop(result, (q for q in _pairs(graph) if all(user.op == "output" for user in _users_of_pair(q))))
+    found = int8_layers(result)
+    floating = set(in_float)
+    if layout.convs_write_integers:
+        floating |= {name for name, node in found.items() if node.target in _CONVS and not _writes_integers(node)}
+    if floating:
+        for name in floating & found.keys():
+            _store_in_float(result, name)
+        kept = {node for name, node in found.items() if name not in floating}
+        _drop(result, (q for q in _pairs(graph) if not _touches(q, kept)))
+    graph.eliminate_dead_code()
+    graph.lint()
+    result.graph_module.recompile()
+    return result
+
+
+def int8_layers(program: Program) -> dict[str, fx.Node]:
+    """Layer -> its node, in the order of the graph, for each whose weight is stored as int8.
+
+    The name is that of the weight's buffer without ``module.`` before it and ``.weight`` behind it.
+    """
+    names = _state_names(program)
+    found: dict[str, fx.Node] = {}
+    for node in program.graph.nodes:
+        if node.target not in _KERNELS:
+            continue
+        for dequantize in node.all_input_nodes:
+            if dequantize.target in _DEQUANTIZE_WEIGHT:
+                stored = dequantize.args[0]
+                if isinstance(stored, fx.Node) and stored.name in names:
+                    found.setdefault(_layer(names[stored.name]), node)
+    return found
+
+
+def _layer(buffer: str) -> str:
+    return buffer.removeprefix("module.").removesuffix(".weight")
+
+
+def _state_names(program: Program) -> dict[str, str]:
+    """Placeholder -> the name in the program's state."""
+    kinds = (InputKind.BUFFER, InputKind.PARAMETER, InputKind.CONSTANT_TENSOR)
+    return {
+        spec.arg.name: str(spec.target)
+        for spec in program.graph_signature.input_specs
+        if spec.kind in kinds and isinstance(spec.arg, TensorArgument)
+    }
+
+
+def _pairs(graph: fx.Graph) -> list[fx.Node]:
+    """The quantize nodes of activations of which every user dequantizes."""
+    return [
+        node
+        for node in graph.nodes
+        if node.target in _QUANTIZE and node.users and all(user.target in _DEQUANTIZE for user in node.users)
+    ]
+
+
+def _users_of_pair(quantize: fx.Node) -> list[fx.Node]:
+    return [user for dequantize in quantize.users for user in dequantize.users]
+
+
+def _drop(program: Program, pairs: Iterable[fx.Node]) -> None:
+    renamed: dict[str, str] = {}
+    for quantize in list(pairs):
+        value = quantize.args[0]
+        assert isinstance(value, fx.Node)
+        for dequantize in list(quantize.users):
+            dequantize.replace_all_uses_with(value)
+            program.graph.erase_node(dequantize)
+            renamed[dequantize.name] = value.name
+        program.graph.erase_node(quantize)
+    for spec in program.graph_signature.output_specs:
+        while isinstance(spec.arg, TensorArgument) and spec.arg.name in renamed:
+            spec.arg = TensorArgument(name=renamed[spec.arg.name])
+
+
+def _parts_an_activation(quantize: fx.Node) -> bool:
+    users = _users_of_pair(quantize)
+    source = quantize.args[0]
+    assert isinstance(source, fx.Node)
+    return source.target in _KERNELS and bool(users) and all(_is_activation(user, quantize) for user in users)
+
+
+def _is_activation(node: fx.Node, quantize: fx.Node) -> bool:
+    """An activation of the value of a pair; or its product with one, as ``x * sigmoid(x)`` is."""
+    if node.target in _ACTIVATIONS:
+        return True
+    if node.target is not _ATEN.mul.Tensor:
+        return False
+    sides = [side for side in node.args if isinstance(side, fx.Node)]
+    own = [side for side in sides if side in quantize.users]
+    gates = [side for side in sides if side.target in _ACTIVATIONS and side.args[0] in quantize.users]
+    return len(own) == len(gates) == 1
+
+
+def _writes_integers(layer: fx.Node) -> bool:
+    """Whether what a convolution gives is quantized, by everything that reads it, directly or behind a ReLU."""
+    users = list(layer.users)
+    if len(users) == 1 and users[0].target in (_ATEN.relu.default, _ATEN.hardtanh.default, _ATEN.clamp.default):
+        users = list(users[0].users)
+    return bool(users) and all(user.target in _QUANTIZE for user in users)
+
+
+def _touches(quantize: fx.Node, kernels: set[fx.Node]) -> bool:
+    """Whether one of ``kernels`` is the nearest before or behind a pair."""
+    after = _nearest(_users_of_pair(quantize), lambda node: list(node.users))
+    return bool((_nearest([quantize], lambda node: node.all_input_nodes) | after) & kernels)
+
+
+def _nearest(starts: Iterable[fx.Node], step: Callable[[fx.Node], list[fx.Node]]) -> set[fx.Node]:
+    """The first kernels on every way from ``starts``."""
+    seen: set[fx.Node] = set()
+    found: set[fx.Node] = set()
+    waiting = deque(starts)
+    while waiting:
+        node = waiting.popleft()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.target in _KERNELS:
+            found.add(node)
+        else:
+            waiting.extend(step(node))
+    return found
+
+
+def _store_in_float(program: Program, layer: str) -> None:
+    """Let the weight of a layer be stored as the floats that it stands for."""
+    names = _state_names(program)
+    placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    stored = next(placeholders[name] for name, buffer in names.items() if _layer(buffer) == layer)
+    dequantizers = [user for user in stored.users if user.target in _DEQUANTIZE_WEIGHT]
+    assert len(dequantizers) == len(stored.users), f"{layer}: its integers have another use"
+
+    def value(argument: object) -> object:
+        if not isinstance(argument, fx.Node):
+            return argument
+        name = names[argument.name]
+        return program.state_dict[name] if name in program.state_dict else program.constants[name]
+
+    first = dequantizers[0]
+    weight = first.target(*(value(argument) for argument in first.args))  # type: ignore[operator]
+    target = program.state_dict if names[stored.name] in program.state_dict else program.constants
+    target[names[stored.name]] = weight.detach()
+    stored.meta["val"] = first.meta["val"]
+    for dequantize in dequantizers:
+        dequantize.replace_all_uses_with(stored)
+        program.graph.erase_node(dequantize)

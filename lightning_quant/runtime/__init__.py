@@ -1,0 +1,57 @@
+"""load(path): any artifact back as a callable module, run by its own runtime. One module for each library that runs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning_quant.config import cpu_has_vnni
+from lightning_quant.errors import ArtifactError
+from lightning_quant.runtime.artifact import FORMAT_VERSION, METADATA_FILE, METADATA_KEY, Artifact
+from lightning_quant.runtime.of_onnx import load_onnx
+from lightning_quant.runtime.of_openvino import load_openvino
+from lightning_quant.runtime.of_torch import load_pt2, load_torchscript
+
+__all__ = ["FORMAT_VERSION", "METADATA_FILE", "METADATA_KEY", "Artifact", "load"]
+
+_LOADERS: dict[str, Callable[[Path], Artifact]] = {".onnx": load_onnx, ".pt2": load_pt2, ".xml": load_openvino}
+
+
+def load(path: str | Path) -> Artifact:
+    """The model in a file that this package wrote. No code that is in a file is unpickled.
+
+    Args:
+        path: A ``torchscript`` artifact, or one whose name ends in ``.onnx``, ``.xml`` (OpenVINO) or ``.pt2``
+            (``torch.export`` or AOTInductor).
+
+    Returns:
+        A module on the CPU in eval mode, with ``metadata``. It takes the tensors that the original took, by position
+        or by name, with any batch size, and gives what the original gave.
+
+    Raises:
+        ArtifactError: There is no such file, it is truncated, or this package did not write it.
+        MissingExtraError: The file's runtime is not installed.
+
+    Warns:
+        UserWarning: The file assumes int8 instructions that this CPU does not have, and will give wrong results.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ArtifactError(f"{path}: no such file.")
+    loaded = _LOADERS.get(path.suffix, load_torchscript)(path)
+    _check_cpu(path, loaded.metadata)
+    return loaded
+
+
+def _check_cpu(path: Path, metadata: dict[str, Any]) -> None:
+    config = metadata["config"]
+    if config["engine"] != "qnnpack" and not config["reduce_range"] and not cpu_has_vnni():
+        warnings.warn(
+            f"{path}: was quantized with reduce_range=False, for CPUs with VNNI instructions. This CPU has none: its "
+            f"int8 "
+            "sums saturate, and results are wrong. Quantize again with QuantConfig(reduce_range=True).",
+            UserWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,93 @@
+"""OpenVINO IR, run by OpenVINO."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_loads
+
+from lightning_quant.errors import ArtifactError, MissingExtraError
+from lightning_quant.runtime.artifact import METADATA_KEY, Artifact, read_metadata
+
+#: How many sets of input shapes a file is compiled for. Calls with further ones run a program of any shape, which takes
+#: up to twice as long: each compiled program has weights of its own.
+SHAPES = 4
+
+_Shapes = tuple[tuple[int, ...], ...]
+#: Stands for all shapes: no file has no input.
+ANY: _Shapes = ()
+
+
+class OpenVinoArtifact(Artifact):
+    """An OpenVINO file, run on the CPU with torch's number of threads, compiled for each of the first shapes it meets.
+
+    Attributes:
+        model: The ``openvino.Model``.
+    """
+
+    def __init__(self, model: Any, metadata: dict[str, Any]) -> None:
+        super().__init__(metadata)
+        self.model = model
+        self._requests: dict[tuple[int, _Shapes], Any] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OpenVinoArtifact:
+        """What was read and compiled is shared: it has no state."""
+        twin = OpenVinoArtifact(self.model, self.metadata).train(self.training)
+        twin._requests = self._requests
+        return twin
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output for its inputs, by position or by name."""
+        tensors = [x for x in tree_flatten(self.ordered(args, kwargs))[0] if isinstance(x, torch.Tensor)]
+        arrays = [np.ascontiguousarray(x.detach().cpu().numpy()) for x in tensors]
+        request = self._request(tuple(array.shape for array in arrays))
+        results = request.infer(arrays, share_inputs=True)
+        flat = [torch.from_numpy(np.array(results[output])) for output in request.model_outputs]
+        return tree_unflatten(flat, treespec_loads(self.metadata["output_spec"]))
+
+    def _request(self, shapes: _Shapes) -> Any:
+        """What runs inputs of these shapes."""
+        threads = torch.get_num_threads()
+        known = self._requests
+        if (threads, shapes) not in known and len(known) >= SHAPES:
+            shapes = ANY
+        if (threads, shapes) not in known:
+            known[threads, shapes] = self._compiled(shapes, threads)
+        return known[threads, shapes]
+
+    def _compiled(self, shapes: _Shapes, threads: int) -> Any:
+        import openvino
+
+        model = self.model
+        if shapes != ANY and model.is_dynamic():
+            model = self.model.clone()
+            model.reshape(dict(zip(range(len(shapes)), map(openvino.PartialShape, shapes), strict=True)))
+        compiled = openvino.Core().compile_model(
+            model, "CPU", {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+        )
+        return compiled.create_infer_request()
+
+
+def load_openvino(path: Path) -> OpenVinoArtifact:
+    """The model in an ``.xml`` file, with its weights in the ``.bin`` file beside it.
+
+    Raises:
+        ArtifactError: It is damaged, its weights are missing, or this package did not write it.
+        MissingExtraError: openvino is not installed.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise MissingExtraError(str(error.name), "openvino", f"loading {path.name}") from error
+    weights = path.with_suffix(".bin")
+    if not weights.is_file():
+        raise ArtifactError(f"{path}: its weights, {weights.name}, are not beside it. Copy both files.")
+    try:
+        model = openvino.Core().read_model(str(path), str(weights))
+    except RuntimeError as error:
+        raise ArtifactError(f"{path}: cannot be read as OpenVINO IR, it is damaged or foreign: {error}") from error
+    text = str(model.get_rt_info([METADATA_KEY]).value) if model.has_rt_info([METADATA_KEY]) else None
+    return OpenVinoArtifact(model, read_metadata(path, text)).eval()

@@ -1,0 +1,123 @@
+"""Files that torch runs: TorchScript, ``torch.export`` archives and AOTInductor packages."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_loads
+
+from lightning_quant._torch_ao import quiet
+from lightning_quant.backends.graph import engine
+from lightning_quant.errors import ArtifactError
+from lightning_quant.runtime.artifact import METADATA_FILE, METADATA_KEY, Artifact, read_metadata
+
+
+class TorchScriptArtifact(Artifact):
+    """A TorchScript file, run by torch's int8 kernels."""
+
+    def __init__(self, program: torch.jit.ScriptModule, metadata: dict[str, Any]) -> None:
+        super().__init__(metadata)
+        self.program = program
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output for its inputs, by position or by name."""
+        with engine(self.metadata["config"]["engine"]):
+            return self.program(*self.ordered(args, kwargs))
+
+
+def load_torchscript(path: Path) -> TorchScriptArtifact:
+    """The program in a TorchScript file.
+
+    Raises:
+        ArtifactError: It is damaged, or this package did not write it.
+    """
+    try:
+        metadata = _metadata_in_archive(path)
+        # weights are packed for the engine that is current while they are read
+        with quiet(), engine(metadata["config"]["engine"]):
+            program = torch.jit.load(str(path), map_location="cpu")
+    except (RuntimeError, zipfile.BadZipFile) as error:
+        if isinstance(error, ArtifactError):
+            raise
+        raise ArtifactError(f"{path}: cannot be read as TorchScript, it is damaged or foreign: {error}") from error
+    return TorchScriptArtifact(program, metadata).eval()
+
+
+def _metadata_in_archive(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if name.endswith(f"extra/{METADATA_FILE}")]
+        return read_metadata(path, archive.read(names[0]) if names else None)
+
+
+class Pt2Artifact(Artifact):
+    """A ``torch.export`` archive, run by torch as float arithmetic between quantize and dequantize operators."""
+
+    def __init__(self, program: nn.Module, metadata: dict[str, Any]) -> None:
+        super().__init__(metadata)
+        self.program = program
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output for its inputs, by position or by name."""
+        return self.program(*self.ordered(args, kwargs))
+
+    def train(self, mode: bool = True) -> Pt2Artifact:
+        """Nothing follows a mode: torch's exported modules refuse ``train`` and ``eval``."""
+        self.training = mode
+        return self
+
+
+def load_pt2(path: Path) -> Artifact:
+    """The program in an archive of ``torch.export``, or in a package of AOTInductor.
+
+    Raises:
+        ArtifactError: It is damaged, or this package did not write it.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        # of an archive that was cut off, zipfile finds one that was stored in it
+        if not any(name.endswith("archive_format") for name in names):
+            raise zipfile.BadZipFile("it has no archive_format")
+        if any("/aotinductor/" in name for name in names):
+            return _load_aoti(path)
+        metadata = _metadata_in_archive(path)
+        with quiet():
+            program = torch.export.load(path).module(check_guards=False)
+    except ArtifactError:
+        raise
+    except Exception as error:  # torch raises whatever the part of the archive that is wrong makes it raise
+        raise ArtifactError(
+            f"{path}: cannot be read as a torch.export archive, it is damaged or foreign: {error}"
+        ) from error
+    return Pt2Artifact(program, metadata).eval()
+
+
+class AotiArtifact(Artifact):
+    """A package of AOTInductor: compiled code for the kind of CPU that it was made on."""
+
+    def __init__(self, program: Any, metadata: dict[str, Any]) -> None:
+        super().__init__(metadata)
+        self.program = program
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AotiArtifact:
+        """The compiled code is shared: it has no state, and cannot be copied."""
+        return AotiArtifact(self.program, self.metadata).train(self.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output for its inputs, by position or by name."""
+        tensors = [x.contiguous() for x in tree_flatten(self.ordered(args, kwargs))[0] if isinstance(x, torch.Tensor)]
+        with torch.no_grad():
+            flat = tree_flatten(self.program(*tensors))[0]
+        return tree_unflatten(flat, treespec_loads(self.metadata["output_spec"]))
+
+
+def _load_aoti(path: Path) -> AotiArtifact:
+    from torch._inductor import aoti_load_package
+
+    with quiet():
+        program = aoti_load_package(str(path))
+    return AotiArtifact(program, read_metadata(path, program.get_metadata().get(METADATA_KEY))).eval()
