@@ -6,8 +6,10 @@ nothing, or worse: an observer in front of a ReLU6 widens the range of what is b
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from lightning_quant import qat_modules
-from lightning_quant._torch_ao import is_observer
+from lightning_quant._torch_ao import is_fake_quantize, is_observer
 from lightning_quant.fake_quantize import is_ours
 
 _HIDDEN = "lightning_quant hidden"
@@ -36,45 +38,98 @@ _FUNCTIONS: dict[Any, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class _Hidden:
-    """A node with one input that was taken out of a graph."""
+    """A node that was taken out of a graph, and where it stood. Other nodes are named: in a copy they are others.
+
+    Attributes:
+        source: Its one input.
+        arguments: Those after the input.
+        before: The node in front of which it stood.
+        readers: Node that read it -> at which places of :func:`_inputs`.
+    """
 
     op: str
     target: Any
     name: str
-    arguments: tuple[Any, ...]  # after the input
+    source: str
+    arguments: tuple[Any, ...]
     keywords: dict[str, Any]
     meta: dict[str, Any]
+    before: str
+    readers: dict[str, tuple[int, ...]]
 
 
 def hide(node: fx.Node) -> None:
-    """Take ``node`` out of its graph: its one user, which has no other input, reads the input of ``node``."""
-    (user,) = node.users
-    (source,) = node.all_input_nodes
-    meta = dict(node.meta)
-    before = meta.pop(_HIDDEN, ())
-    hidden = _Hidden(node.op, node.target, node.name, tuple(node.args[1:]), dict(node.kwargs), meta)
-    user.meta[_HIDDEN] = (*before, hidden, *user.meta.get(_HIDDEN, ()))
-    user.replace_input_with(node, source)
+    """Take ``node`` out of its graph: what reads it reads its one input instead, which is its first argument.
+
+    The record lies in the metadata of the graph's output, which is there in all graphs and in their copies.
+
+    Raises:
+        ValueError: ``node`` has other inputs.
+    """
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or node.all_input_nodes != [source] or source in _inputs(node)[1:]:
+        raise ValueError(f"{node.format_node()} cannot be hidden: its first argument has to be its only input.")
+    readers = {
+        user.name: tuple(place for place, read in enumerate(_inputs(user)) if read is node) for user in node.users
+    }
+    hidden = _Hidden(
+        op=node.op,
+        target=node.target,
+        name=node.name,
+        source=source.name,
+        arguments=tuple(node.args[1:]),
+        keywords=dict(node.kwargs),
+        meta=dict(node.meta),
+        before=node.next.name,
+        readers=readers,
+    )
+    output = node.graph.output_node()
+    output.meta[_HIDDEN] = (*output.meta.get(_HIDDEN, ()), hidden)
+    node.replace_all_uses_with(source)
     node.graph.erase_node(node)
 
 
 def restore(graph_module: fx.GraphModule) -> None:
-    """Put back all nodes that were hidden."""
+    """Put back all nodes that were hidden, the last one first, so that each finds the graph that it was taken from."""
     graph = graph_module.graph
-    for user in list(graph.nodes):
-        chain = user.meta.pop(_HIDDEN, ())
-        if not chain:
-            continue
-        (source,) = user.all_input_nodes
-        last = source
-        with graph.inserting_before(user):
-            for hidden in chain:
-                last = graph.create_node(
-                    hidden.op, hidden.target, (last, *hidden.arguments), dict(hidden.keywords), hidden.name
-                )
-                last.meta.update(hidden.meta)
-        user.replace_input_with(source, last)
+    nodes = {node.name: node for node in graph.nodes}
+    for hidden in reversed(graph.output_node().meta.pop(_HIDDEN, ())):
+        with graph.inserting_before(nodes[hidden.before]):
+            arguments = (nodes[hidden.source], *hidden.arguments)
+            node = graph.create_node(hidden.op, hidden.target, arguments, dict(hidden.keywords), hidden.name)
+        node.meta.update(hidden.meta)
+        nodes[hidden.name] = node
+        for name, places in hidden.readers.items():
+            _read(nodes[name], places, node)
     graph_module.recompile()
+
+
+def _inputs(node: fx.Node) -> list[fx.Node]:
+    """The nodes among the arguments of ``node``, each as often as it is read."""
+    found: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), found.append)
+    return found
+
+
+def _read(user: fx.Node, places: tuple[int, ...], node: fx.Node) -> None:
+    """Let the inputs of ``user`` at these places of :func:`_inputs` be ``node``."""
+    place = itertools.count()
+    user.args, user.kwargs = fx.node.map_arg(
+        (user.args, user.kwargs), lambda read: node if next(place) in places else read
+    )
+
+
+def hide_weight_observers(prepared: fx.GraphModule, names: Collection[str]) -> None:
+    """Hide the observers ``names``, which have seen the weights that they stand at: these are the same in all passes.
+
+    Fake quantizes stay: they change what they are given.
+    """
+    for node in list(prepared.graph.nodes):
+        if node.op != "call_module" or node.target not in names:
+            continue
+        if not is_fake_quantize(prepared.get_submodule(str(node.target))):
+            hide(node)
+    prepared.recompile()
 
 
 def hide_observers(prepared: fx.GraphModule) -> None:

@@ -14,7 +14,7 @@ from torch import fx, nn
 from lightning_quant._torch_ao import pt2e
 from lightning_quant.arguments import Call
 from lightning_quant.backends.graph import Feasible, Prepared, check_seen, info, try_out, twin_of, with_info, working
-from lightning_quant.backends.hiding import count_sharing, move_clamps, restore
+from lightning_quant.backends.hiding import count_sharing, hide_weight_observers, move_clamps, restore
 from lightning_quant.backends.pt2e_capture import export
 from lightning_quant.backends.pt2e_folding import (
     fold_batch_norms,
@@ -88,6 +88,8 @@ def prepare(
         if training:
             count_sharing(prepared)
             move_clamps(prepared)
+        else:
+            hide_weight_observers(prepared, weights)
     known = Prepared(
         config=config,
         method=method,

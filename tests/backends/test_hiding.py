@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -11,10 +12,11 @@ from models import Residual
 from torch import fx, nn
 from torch.nn import functional as F
 
-from lightning_quant import QuantConfig, convert, prepare
+from lightning_quant import QuantConfig, TensorSpec, convert, prepare
 from lightning_quant._torch_ao import is_observer
 from lightning_quant.analysis.sqnr import sqnr_db
-from lightning_quant.backends.graph import is_graph
+from lightning_quant.backends.constants import is_constant
+from lightning_quant.backends.graph import is_graph, sees_weights
 from lightning_quant.backends.hiding import hide, restore
 from lightning_quant.fake_quantize import is_ours
 
@@ -143,3 +145,132 @@ def test_hidden_nodes_come_back_in_order() -> None:
     after = [(n.op, n.name, str(n.target), [str(a) for a in n.args], dict(n.kwargs)) for n in traced.graph.nodes]
     assert after == before
     assert torch.equal(traced(x), expected)
+
+
+def described(graph: fx.Graph) -> list[Any]:
+    return [(n.op, n.name, str(n.target), str(n.args), str(n.kwargs), dict(n.meta)) for n in graph.nodes]
+
+
+class Shares(nn.Module):
+    """Takes ``(N, 3)``: a hidden node may be read by several, beside other inputs, in containers and by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3))
+        self.inner, self.outer = nn.Tanh(), nn.Sigmoid()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.outer(self.inner(self.weight))
+        both = torch.cat([weight, self.weight, x, weight])
+        return torch.add(F.linear(both, weight), F.linear(both, self.weight), alpha=2)
+
+
+def test_a_hidden_node_comes_back_to_the_places_that_read_it() -> None:
+    traced = fx.symbolic_trace(Shares())
+    before = described(traced.graph)
+    x = torch.randn(5, 3)
+    expected = traced(x)
+    for order in (("inner", "outer"), ("outer", "inner")):
+        less = copy.deepcopy(traced)
+        for name in order:
+            hide(next(node for node in less.graph.nodes if node.target == name))
+        less.recompile()
+        assert not any(node.op == "call_module" for node in less.graph.nodes)
+        assert not torch.allclose(less(x), expected)
+        for _ in range(2):  # a copy is restored, and what it is a copy of is not
+            back = copy.deepcopy(less)
+            restore(back)
+            assert described(back.graph) == before
+            assert torch.equal(back(x), expected)
+
+
+def test_a_node_with_two_inputs_is_not_hidden() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    twice = graph.call_function(torch.add, (x, x))
+    graph.output(twice)
+    with pytest.raises(ValueError, match=r"add.*cannot be hidden: its first argument has to be its only input\."):
+        hide(twice)
+
+
+class Weights(nn.Module):
+    """Takes ``(N, 3, 12, 12)``: layers with and without a batch norm, transposed, linear, and one weight used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8)
+        self.up = nn.ConvTranspose2d(8, 4, 2, stride=2, groups=2)
+        self.linear = nn.Linear(4, 6)
+        self.tied = nn.Parameter(torch.randn(6, 6))
+        with torch.no_grad():
+            self.bn.running_var.uniform_(0.5, 2)
+            self.bn.running_mean.normal_()
+            self.bn.weight.uniform_(0.5, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.up(torch.relu(self.bn(self.conv(x)))))
+        x = self.linear(x.mean((2, 3)))
+        return F.linear(torch.relu(F.linear(x, self.tied)), self.tied)
+
+
+def count_calls(prepared: nn.Module) -> Counter[str]:
+    """Calls of each observer of a weight, from now on."""
+    calls: Counter[str] = Counter()
+    graph = graph_of(prepared)
+    for name, module in graph.named_modules():
+        if is_observer(module) and sees_weights(graph, name):
+            calls[name] = 0
+            module.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    return calls
+
+
+@pytest.mark.parametrize("method", ["static", "dynamic"])
+def test_observers_of_exported_weights_run_once_for_all(method: Any) -> None:
+    prepared: Any = prepare(Weights().eval(), QuantConfig(backend="pt2e"), method=method, example_inputs=X)
+    graph = graph_of(prepared)
+    on_constants = [node for node in graph.graph.nodes if node.op.startswith("call") and is_constant(graph, node)]
+    assert on_constants == []
+    calls = count_calls(prepared)
+    with torch.no_grad():
+        prepared(X)
+    # only linear layers are dynamic
+    assert len(calls) == {"static": 4, "dynamic": 2}[method]
+    assert sum(calls.values()) == 0
+
+
+def test_fake_quantizes_of_exported_weights_run_in_every_pass() -> None:
+    prepared: Any = prepare(Weights(), QuantConfig(backend="pt2e"), method="qat", example_inputs=X)
+    calls = count_calls(prepared)
+    prepared(X)
+    prepared(X)
+    assert set(calls.values()) == {2}
+
+
+@pytest.mark.parametrize("own", [None, "own_torchao_classes.HalfRange"])
+def test_a_conversion_is_the_same_as_with_weights_that_are_observed_in_every_pass(own: Any) -> None:
+    weight = TensorSpec() if own is None else TensorSpec(observer=own)
+    config = QuantConfig(backend="pt2e", weight=weight)
+    prepared: Any = prepare(Weights().eval(), config, method="static", example_inputs=X)
+    every: Any = copy.deepcopy(prepared)
+    restore(graph_of(every))
+    calls = count_calls(every)
+    with torch.no_grad():
+        for x in (X, 2 * X):
+            assert torch.equal(prepared(x), every(x))
+    assert set(calls.values()) == {2}
+    found, expected = convert(prepared), convert(every)
+    assert torch.equal(found(X), expected(X))
+    assert str(graph_of(found).graph) == str(graph_of(expected).graph)
+    ours, theirs = found.state_dict(), expected.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_exported_weights_are_rounded_as_they_are_at_conversion() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    prepared: Any = prepare(model, QuantConfig(backend="pt2e"), method="static", example_inputs=X)
+    with torch.no_grad():
+        graph_of(prepared).get_parameter("0.weight").mul_(3)
+        model[0].weight.mul_(3)
+        prepared(X)
+        assert sqnr_db(model(X), convert(prepared)(X)) > 30
