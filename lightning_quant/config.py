@@ -22,7 +22,7 @@ from lightning_quant.errors import ConfigError, MissingExtraError
 BackendName = Literal["fx", "eager", "torchscript", "pt2e"]
 EngineName = Literal["auto", "x86", "fbgemm", "onednn", "qnnpack"]
 Method = Literal["dynamic", "static", "qat"]
-FormatName = Literal["torchscript", "onnx", "pt2"]
+FormatName = Literal["torchscript", "onnx", "openvino", "pt2", "aoti"]
 JitName = Literal["trace", "script"]
 DtypeName = Literal["auto", "quint8", "qint8"]
 QschemeName = Literal[
@@ -33,16 +33,16 @@ ObserverName = Literal["auto", "histogram", "percentile", "entropy", "min_max", 
 #: (backend, method) -> the formats that it can write, the native one first. A cell that is not here is in ``REFUSED``.
 SUPPORT: dict[tuple[str, str], tuple[FormatName, ...]] = {
     ("eager", "dynamic"): ("torchscript",),
-    ("eager", "static"): ("torchscript", "onnx", "pt2"),
-    ("eager", "qat"): ("torchscript", "onnx", "pt2"),
+    ("eager", "static"): ("torchscript", "onnx", "openvino", "pt2", "aoti"),
+    ("eager", "qat"): ("torchscript", "onnx", "openvino", "pt2", "aoti"),
     ("torchscript", "dynamic"): ("torchscript",),
     ("torchscript", "static"): ("torchscript",),
     ("fx", "dynamic"): ("torchscript",),
-    ("fx", "static"): ("torchscript", "onnx", "pt2"),
-    ("fx", "qat"): ("torchscript", "onnx", "pt2"),
+    ("fx", "static"): ("torchscript", "onnx", "openvino", "pt2", "aoti"),
+    ("fx", "qat"): ("torchscript", "onnx", "openvino", "pt2", "aoti"),
     ("pt2e", "dynamic"): ("pt2",),
-    ("pt2e", "static"): ("pt2", "onnx"),
-    ("pt2e", "qat"): ("pt2", "onnx"),
+    ("pt2e", "static"): ("pt2", "onnx", "openvino", "aoti"),
+    ("pt2e", "qat"): ("pt2", "onnx", "openvino", "aoti"),
 }
 
 #: (backend, method) that cannot be, and what to do instead.
@@ -63,13 +63,16 @@ HISTOGRAMS = ("histogram", "percentile", "entropy")
 SWAPPING = ("fx", "eager")
 
 #: Formats that are written without being named, besides the native one of the backend.
-_BY_DEFAULT = ("onnx",)
+_BY_DEFAULT = ("onnx", "openvino")
 
 #: format -> (the packages that it needs, the extra that brings them)
 FORMAT_PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "torchscript": ((), ""),
     "onnx": (("onnx", "onnxscript", "onnxruntime"), "onnx"),
+    # it is written by way of ONNX
+    "openvino": (("openvino", "onnx", "onnxscript"), "openvino"),
     "pt2": ((), ""),
+    "aoti": ((), ""),
 }
 
 
@@ -304,8 +307,12 @@ class ExportConfig:
     Attributes:
         directory: The folder of ``model.*``, ``report.json`` and ``report.md``. Made if it does not exist; files of an
             earlier run are replaced.
-        formats: ``torchscript``, ``onnx``, ``pt2`` (``torch.export``). None: the native format of the backend, and
-            ``onnx`` where it can be written and its extra is installed. Formats that are named are checked at once.
+        formats: ``torchscript``, ``onnx``, ``openvino``, ``pt2`` (``torch.export``), ``aoti`` (compiled by AOTInductor
+            for this kind of CPU). None: the native format of the backend, and ``onnx`` and ``openvino`` where they can
+            be written and their extras are installed. Formats that are named are checked at once.
+        skip_slow: In each file, leave in float what its runtime runs slower in int8 on this machine, by measurement: no
+            file is slower than float then. ``pt2`` has no runtime of its own and stays as it is. It takes a dozen
+            trial files for each format.
 
     Raises:
         ConfigError: A format is not known or is named twice.
@@ -313,8 +320,11 @@ class ExportConfig:
 
     directory: str = "quantized"
     formats: tuple[FormatName, ...] | None = None
+    skip_slow: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.skip_slow, bool):
+            raise ConfigError(f"ExportConfig(skip_slow={self.skip_slow!r}): give True or False.")
         object.__setattr__(self, "directory", str(self.directory))
         if not self.directory:
             raise ConfigError("ExportConfig(directory=''): give the name of a folder.")

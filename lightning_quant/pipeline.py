@@ -19,6 +19,7 @@ from lightning_quant import evaluate as evaluation
 from lightning_quant._roots import detached_modules, root_of
 from lightning_quant._torch_ao import quiet
 from lightning_quant.analysis.coverage import Coverage, coverage
+from lightning_quant.analysis.kernels import kernels
 from lightning_quant.analysis.latency import latency_ms
 from lightning_quant.analysis.sqnr import sqnr_db
 from lightning_quant.arguments import Call, Captured, Interface, Positional, signature_of
@@ -29,7 +30,7 @@ from lightning_quant.capture import Capture, record_calls
 from lightning_quant.config import ExportConfig, Method, QuantConfig, resolve_formats
 from lightning_quant.errors import CaptureError, CoverageError, ExportError
 from lightning_quant.evaluate import ValidationData, copy_of, evaluate
-from lightning_quant.exporters import Artifact, Program, check_exportable, one_config, qdq, smaller, write
+from lightning_quant.exporters import Artifact, Facts, Program, check_exportable, one_config, qdq, smaller, write
 from lightning_quant.exporters.torchscript import freeze
 from lightning_quant.inputs import Sample, recorded_forward
 from lightning_quant.placement import Observed, ToGraph, divert, graft, plain_train
@@ -205,7 +206,13 @@ def _around(quantized: Quantized, names: tuple[str, ...], call: Call) -> _Part |
         return program.eval()
 
     program = _program(
-        "", filled(quantized.converted), lambda: filled(_in_qdq(quantized)[1]), interface, call, quantized
+        "",
+        filled(quantized.converted),
+        lambda: filled(_in_qdq(quantized)[1]),
+        interface,
+        call,
+        quantized,
+        in_float=around,
     )
     return _Part(program, around, interface) if _is_exportable(program) else None
 
@@ -226,6 +233,7 @@ def _whole(quantized: Quantized, call: Call) -> _Part | None:
     if not reached.keys() >= set(quantized.converted):
         return None
     interface = interface.returning(shape_of(output))
+    in_float = Positional(quantized.float_module, interface)
     program = _program(
         "",
         Positional(quantized.module, interface),
@@ -234,25 +242,31 @@ def _whole(quantized: Quantized, call: Call) -> _Part | None:
         call,
         quantized,
         opaque=True,
+        in_float=in_float,
     )
-    if not _is_exportable(program):
-        return None
-    return _Part(program, Positional(quantized.float_module, interface), interface)
+    return _Part(program, in_float, interface) if _is_exportable(program) else None
 
 
 def _single(quantized: Quantized, captured: Capture, name: str) -> _Part:
     graph = quantized.converted[name]
     known = info(graph)
     target = next(t for t in captured.targets if t.name == name)
-    call, opaque = target.call, bool(known.kept)
-    program = replace(
-        _program(name, graph, lambda: _in_qdq(quantized)[1][name], known.interface, call, quantized, opaque=opaque),
-        free_dims=target.free_dims,
-    )
+    call = target.call
     if name:
         float_program: nn.Module = Positional(quantized.float_module.get_submodule(name), known.interface)
     else:  # a LightningModule cannot be traced by torch.jit, its graph can
         float_program = trace_around(copy_of(quantized.float_module), call, tuple(known.kept)).graph_module
+    program = _program(
+        name,
+        graph,
+        lambda: _in_qdq(quantized)[1][name],
+        known.interface,
+        call,
+        quantized,
+        opaque=bool(known.kept),
+        in_float=float_program,
+    )
+    program = replace(program, free_dims=target.free_dims)
     return _Part(program, float_program, known.interface)
 
 
@@ -264,6 +278,7 @@ def _program(
     call: Call,
     quantized: Quantized,
     *,
+    in_float: nn.Module,
     opaque: bool = False,
 ) -> Program:
     infos = [info(graph) for graph in quantized.converted.values()]
@@ -277,6 +292,7 @@ def _program(
         one_config(infos),
         infos[0].method,
         opaque=opaque or (inside and not name),
+        in_float=in_float,
     )
 
 
@@ -317,7 +333,15 @@ def deliver(
     covered = _coverage(quantized, captured, sample, parts)
     _check_coverage(covered, config)
     optional = formats[1:] if export.formats is None else ()
-    artifacts, not_written = write([part.program for part in parts], formats, export.path, optional)
+    artifacts, not_written = write(
+        [part.program for part in parts],
+        formats,
+        export.path,
+        optional,
+        fastest=export.skip_slow,
+        with_float=True,
+        facts=Facts({"float": metrics_float, "int8": metrics_int8}, class_labels(quantized.float_module)),
+    )
     left_out = left_out | not_written
     entries, latency_float = _format_reports(quantized, parts, artifacts, data)
     native = entries[formats[0]]
@@ -384,9 +408,12 @@ def _format_reports(
         single = smaller(part.float_program, part.program.data, 1)
         frozen = freeze(part.float_program, smaller(part.float_program, part.program.data, 2))
         calls[f"float/{name}"] = lambda frozen=frozen, single=single: frozen(*single)
-        for format_name in formats:
-            runner = loaded[format_name, name]
-            calls[f"{format_name}/{name}"] = lambda runner=runner, single=single: runner(*single)
+        for artifact in artifacts:
+            if artifact.target == name:
+                runner, in_float = loaded[artifact.format, name], artifact.in_float
+                calls[f"{artifact.format}/{name}"] = lambda runner=runner, single=single: runner(*single)
+                if in_float is not None:
+                    calls[f"{artifact.format} in float/{name}"] = lambda run=in_float, single=single: run(*single)
     times = latency_ms(calls)
     entries = {}
     for format_name in formats:
@@ -396,13 +423,41 @@ def _format_reports(
             put_artifacts(twin, {name: (loaded[format_name, name], part.interface) for name, part in by_target.items()})
             metrics = evaluate(twin, data)
         own = [a for a in artifacts if a.format == format_name]
+        in_float = [times.get(f"{format_name} in float/{name}") for name in by_target]
+        counted = [found for a in own if (found := kernels(a.path)) is not None]
         entries[format_name] = FormatReport(
             size_bytes=sum(a.size_bytes for a in own),
             latency_ms=sum(times[f"{format_name}/{name}"] for name in by_target),
+            latency_ms_float=sum(in_float) if None not in in_float else _native_float(format_name, times, by_target),
             sqnr_db=min(a.sqnr_db for a in own),
             metrics=metrics,
+            int8_kernels=sum(found.int8 for found in counted) if counted else None,
+            float_kernels=sum(found.floating for found in counted) if counted else None,
+            left_float=tuple(_join(a.target, layer) for a in own for layer in a.left_float),
         )
     return entries, sum(times[f"float/{name}"] for name in by_target)
+
+
+def _native_float(format_name: str, times: dict[str, float], targets: Iterable[str]) -> float | None:
+    """The float model as frozen TorchScript, for the format whose runtime that is."""
+    return sum(times[f"float/{name}"] for name in targets) if format_name == "torchscript" else None
+
+
+def class_labels(module: Any) -> tuple[str, ...] | None:
+    """The names of a module's classes, if it has them under one of the usual names; None: it does not."""
+    found = next((value for name in _LABELS if (value := getattr(module, name, None))), None)
+    if found is None:
+        found = getattr(getattr(module, "config", None), "id2label", None)  # transformers
+    if isinstance(found, dict):
+        # of one direction or the other
+        pairs = [(k, v) if isinstance(k, int) else (v, k) for k, v in found.items()]
+        found = [label for _, label in sorted(pairs)] if all(isinstance(k, int) for k, _ in pairs) else None
+    if not isinstance(found, (list, tuple)) or not all(isinstance(label, str) for label in found):
+        return None
+    return tuple(found)
+
+
+_LABELS = ("class_labels", "class_names", "classes", "id2label", "class_to_idx", "idx_to_class", "labels")
 
 
 def _sqnr(part: _Part) -> float:

@@ -20,14 +20,23 @@ class FormatReport:
     Attributes:
         size_bytes: Of the files.
         latency_ms: Median time of one sample, through the file's own runtime, as reloaded.
+        latency_ms_float: The same, of the float model in the same runtime; None: its runtime has no float file here.
         sqnr_db: Of the reloaded files against the programs that they were written from, on real validation input.
         metrics: The module's validation metrics with the reloaded files in place.
+        int8_kernels: Convolutions and matrix products that multiply integers, in the graph that the runtime made of the
+            file; None: it does not show it.
+        float_kernels: Those that multiply floats.
+        left_float: Layers that are in float in these files alone, because their runtime is faster so on this machine.
     """
 
     size_bytes: int
     latency_ms: float
     sqnr_db: float
     metrics: dict[str, float]
+    latency_ms_float: float | None = None
+    int8_kernels: int | None = None
+    float_kernels: int | None = None
+    left_float: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +87,16 @@ class QuantReport:
     notes: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def metrics_artifacts(self) -> dict[str, dict[str, float]]:
+        """Format -> the module's validation metrics with the reloaded files in place."""
+        return {name: entry.metrics for name, entry in self.formats.items()}
+
+    @property
+    def fastest(self) -> str:
+        """The format whose files took the least time for one sample on this machine."""
+        return min(self.formats, key=lambda name: self.formats[name].latency_ms)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: paths as text, infinite decibels as ``"inf"``."""
         plain: dict[str, Any] = _plain(asdict(self))
@@ -91,6 +110,7 @@ class QuantReport:
         lines += ["", "## Files", ""]
         lines += _markdown_table(*self._files())
         lines += [f"- `{name}` was not written: {reason}." for name, reason in self.formats_left_out.items()]
+        lines += [f"- {text}" for text in self._left_float()]
         lines += ["", "## Layers in float", ""]
         lines += [f"- `{name}`: {reason}" for name, reason in self.float_layers.items()] or ["None."]
         if self.kept:
@@ -124,16 +144,32 @@ class QuantReport:
         return head, rows
 
     def _files(self) -> tuple[list[str], list[list[str]]]:
-        head = ["format", "file", "size", "latency", "SQNR against its program", "metrics, reloaded"]
+        head = ["format", "file", "size", "latency", "float", "int8 kernels", "SQNR against its program",
+                "metrics, reloaded"]  # fmt: skip
         rows = []
         for name, entry in self.formats.items():
             files = self.artifacts[name]
             shown = ", ".join(str(f) for f in files.values()) if isinstance(files, dict) else str(files)
             metrics = ", ".join(f"{k} {_number(v)}" for k, v in sorted(entry.metrics.items()))
+            in_float = "" if entry.latency_ms_float is None else f"{entry.latency_ms_float:.2f} ms"
+            kernels = ""
+            if entry.int8_kernels is not None and entry.float_kernels is not None:
+                kernels = f"{entry.int8_kernels} of {entry.int8_kernels + entry.float_kernels}"
+            latency = f"{entry.latency_ms:.2f} ms{' (fastest)' * (name == self.fastest)}"
             rows.append(
-                [name, shown, _bytes(entry.size_bytes), f"{entry.latency_ms:.2f} ms", _db(entry.sqnr_db), metrics]
+                [name, shown, _bytes(entry.size_bytes), latency, in_float, kernels, _db(entry.sqnr_db), metrics]
             )
         return head, rows
+
+    def _left_float(self) -> list[str]:
+        shown = []
+        for name, entry in self.formats.items():
+            if entry.left_float == ("",) or (entry.left_float and entry.int8_kernels == 0):
+                shown.append(f"{name}: everything is in float in this file: nothing is faster in int8 on this machine.")
+            elif entry.left_float:
+                layers = ", ".join(entry.left_float)
+                shown.append(f"{name}: in float in this file, because it is faster so on this machine: {layers}.")
+        return shown
 
     def print(self, console: Console | None = None) -> None:
         """Show the tables on the console."""
@@ -152,7 +188,8 @@ class QuantReport:
             console.print(f"float: {name} ({reason})", markup=False)
         for name, reason in self.kept.items():
             console.print(f"runs its own code: {name} ({reason})", markup=False)
-        for note in [*(f"{n} was not written: {r}" for n, r in self.formats_left_out.items()), *self.notes]:
+        left_out = [f"{name} was not written: {reason}" for name, reason in self.formats_left_out.items()]
+        for note in [*left_out, *self._left_float(), *self.notes]:
             console.print(note, markup=False)
 
     def write(self, directory: Path) -> None:
@@ -160,6 +197,8 @@ class QuantReport:
         path = directory / "report.json"
         for old in _files_of(path) - {Path(f).name for f in _leaves(self.artifacts)}:
             (directory / old).unlink(missing_ok=True)
+            if old.endswith(".xml"):
+                (directory / old).with_suffix(".bin").unlink(missing_ok=True)
         for name, text in (
             ("report.json", json.dumps(self.to_dict(), indent=2) + "\n"),
             ("report.md", self.to_markdown()),
@@ -177,7 +216,7 @@ def _files_of(report: Path) -> set[str]:
     """The names of the files that an earlier report lists, as far as this package gives such names."""
     try:
         names = {Path(str(f)).name for f in _leaves(json.loads(report.read_text(encoding="utf8"))["artifacts"])}
-        return {name for name in names if re.fullmatch(r"model(\..+)?\.(ts|onnx|pt2)", name)}
+        return {name for name in names if re.fullmatch(r"model(\..+)?\.(ts|onnx|xml|pt2)", name)}
     except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
         return set()
 

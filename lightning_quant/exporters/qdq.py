@@ -1,8 +1,8 @@
 """The neutral form: float arithmetic between explicit quantize and dequantize operators, weights stored as int8.
 
 :func:`to_qdq` takes the reference graph of a backend. What it gives is an ordinary module that torch runs. It never
-invents qparams: it stores the ones that it finds. :func:`to_program` makes of it the ``torch.export`` program that every
-file but TorchScript is written from.
+invents qparams: it stores the ones that it finds. :func:`to_program` makes of it the ``torch.export`` program that
+every file but TorchScript is written from.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _store_functional_weights(graph_module: fx.GraphModule) -> None:
 
 
 def _name_weights(graph_module: fx.GraphModule) -> None:
-    """Let the integers of a weight in an exported graph have the name of its layer: ``_frozen_param3`` tells nothing."""
+    """Let the integers of a weight in an exported graph have the name of its layer, not ``_frozen_param3``."""
     for node in list(graph_module.graph.nodes):
         if node.op != "get_attr" or "." in str(node.target):
             continue
@@ -143,7 +143,7 @@ def _name_weights(graph_module: fx.GraphModule) -> None:
         place = place_of(layers[0]) if len(layers) == 1 else ""
         if not place:
             continue
-        *parents, _ = place = f"{place}.weight".split(".")
+        parents = place.split(".")
         owner: nn.Module = graph_module
         for name in parents:
             if not isinstance(getattr(owner, name, None), nn.Module):
@@ -153,7 +153,7 @@ def _name_weights(graph_module: fx.GraphModule) -> None:
             continue
         owner.register_buffer("weight", _attribute(graph_module, str(node.target)))
         with graph_module.graph.inserting_before(node):
-            named = graph_module.graph.get_attr(".".join(place))
+            named = graph_module.graph.get_attr(f"{place}.weight")
         named.meta = node.meta
         node.replace_all_uses_with(named)
         graph_module.graph.erase_node(node)

@@ -86,7 +86,9 @@ def load_openvino(path: Path) -> OpenVinoArtifact:
     if not weights.is_file():
         raise ArtifactError(f"{path}: its weights, {weights.name}, are not beside it. Copy both files.")
     try:
-        model = openvino.Core().read_model(str(path), str(weights))
+        core = openvino.Core()
+        core.set_property({"ENABLE_MMAP": False})  # the files may be replaced while the model is in use
+        model = core.read_model(str(path), str(weights))
     except RuntimeError as error:
         raise ArtifactError(f"{path}: cannot be read as OpenVINO IR, it is damaged or foreign: {error}") from error
     text = str(model.get_rt_info([METADATA_KEY]).value) if model.has_rt_info([METADATA_KEY]) else None

@@ -1,0 +1,86 @@
+"""What one file computes, and whether a file can hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_quant._torch_ao import quiet
+from lightning_quant.arguments import Interface, with_batch
+from lightning_quant.backends.graph import Prepared
+from lightning_quant.config import Method, QuantConfig
+from lightning_quant.errors import ExportError
+
+
+@dataclass(frozen=True)
+class Program:
+    """What one file computes, in the forms from which files are written. All take the data by position.
+
+    Attributes:
+        name: Of the target; ``""`` if the file is the model's own forward.
+        converted: With torch's int8 kernels.
+        qdq: In the neutral form. Called only if a format needs it.
+        data: Real input.
+        interface: How a call of the model becomes the data.
+        config: Resolved.
+        method: dynamic, static or qat.
+        opaque: It runs Python code that no trace has seen, and may decide by the data.
+        free_dims: For each input, the dimensions besides the batch whose sizes vary.
+        in_float: The float model, where there is one beside the prepared graph.
+    """
+
+    name: str
+    converted: nn.Module
+    qdq: Callable[[], nn.Module]
+    data: tuple[Any, ...]
+    interface: Interface
+    config: QuantConfig
+    method: Method
+    opaque: bool = False
+    free_dims: tuple[tuple[int, ...], ...] = ()
+    in_float: nn.Module | None = None
+
+
+def check_exportable(program: Program) -> None:
+    """See whether the program decides by its data: a file would have the decisions of the example for good.
+
+    Raises:
+        ExportError: It does, or ``torch.export`` cannot tell.
+    """
+    if not program.opaque:
+        return
+    source = program.qdq() if program.method != "dynamic" else program.converted
+    try:
+        with quiet(), torch.no_grad():
+            torch.export.export(source.eval(), with_batch(program.data, 2), strict=False)
+    except Exception as error:  # torch.export's own errors, and those of the code that it runs
+        reason = str(error).strip().split("\n")[0]
+        raise ExportError(
+            f"{program.name or 'forward'}: a file cannot hold it, because its code decides by the values of its data, "
+            f"or does what torch.export cannot follow: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def smaller(module: nn.Module, data: tuple[Any, ...], size: int) -> tuple[Any, ...]:
+    """:func:`with_batch`; or ``data``, where ``module`` cannot run on that: bags and their offsets are no batch."""
+    cut = with_batch(data, size)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            module(*cut)
+    except Exception:  # whatever torch or the user's code raises
+        return data
+    return cut
+
+
+def one_config(infos: list[Prepared]) -> QuantConfig:
+    """The config of a file that holds several graphs: with the engine that is right for all of them."""
+    engines = {known.config.engine for known in infos}
+    return (
+        next((known.config for known in infos if known.config.engine == "fbgemm"), infos[0].config)
+        if len(engines) > 1
+        else infos[0].config
+    )
