@@ -423,12 +423,12 @@ def _format_reports(
             put_artifacts(twin, {name: (loaded[format_name, name], part.interface) for name, part in by_target.items()})
             metrics = evaluate(twin, data)
         own = [a for a in artifacts if a.format == format_name]
-        in_float = [times.get(f"{format_name} in float/{name}") for name in by_target]
+        in_its_runtime = [times[key] for name in by_target if (key := f"{format_name} in float/{name}") in times]
         counted = [found for a in own if (found := kernels(a.path)) is not None]
         entries[format_name] = FormatReport(
             size_bytes=sum(a.size_bytes for a in own),
             latency_ms=sum(times[f"{format_name}/{name}"] for name in by_target),
-            latency_ms_float=sum(in_float) if None not in in_float else _native_float(format_name, times, by_target),
+            latency_ms_float=sum(in_its_runtime) if in_its_runtime else _native_float(format_name, times, by_target),
             sqnr_db=min(a.sqnr_db for a in own),
             metrics=metrics,
             int8_kernels=sum(found.int8 for found in counted) if counted else None,

@@ -222,7 +222,7 @@ def _store_in_float(program: Program, layer: str) -> None:
         return program.state_dict[name] if name in program.state_dict else program.constants[name]
 
     first = dequantizers[0]
-    weight = first.target(*(value(argument) for argument in first.args))  # type: ignore[operator]
+    weight = first.target(*(value(argument) for argument in first.args))
     target = program.state_dict if names[stored.name] in program.state_dict else program.constants
     target[names[stored.name]] = weight.detach()
     stored.meta["val"] = first.meta["val"]

@@ -237,7 +237,8 @@ class _Writer:
             return module(*self.program.data)
 
     def _torchscript(self, label: str, path: Path) -> Artifact:
-        source, left_float = self.program.converted, ()
+        source = self.program.converted
+        left_float: tuple[str, ...] = ()
         in_float = self.program.in_float
         if self.fastest and in_float is not None and skip_slow.is_slower(
             torchscript.freeze(source, self.double), torchscript.freeze(in_float, self.double), self.single
@@ -256,9 +257,9 @@ class _Writer:
             EXPORTERS[name](program, to, self._metadata(name, _shapes(program), left_float))
             return _reload(label, to)
 
-        def export_part(part: Exported, to: Path) -> nn.Module:
-            spec = treespec_dumps(tree_flatten(torch.zeros(()))[1])
-            own = {"outputs": ["output"], "output_spec": spec}
+        def export_part(part: Exported, folder: Path) -> nn.Module:
+            to = folder / path.name
+            own = {"outputs": ["output"], "output_spec": treespec_dumps(tree_flatten(torch.zeros(()))[1])}
             EXPORTERS[name](part, to, {**self._metadata(name, _shapes(part), left_float), **own})
             return _reload(label, to)
 
@@ -271,9 +272,7 @@ class _Writer:
         EXPORTERS[name](program, path, self._metadata(name, _shapes(program), left_float))
 
         def differs_at(needed: float) -> str:
-            return first_difference(
-                program, lambda part, folder: export_part(part, folder / path.name), self.single, needed
-            )
+            return first_difference(program, export_part, self.single, needed)
 
         artifact = self._checked(label, name, path, program.module(check_guards=False), left_float, differs_at)
         if not self.with_float or name not in RUN_FLOAT:

@@ -14,7 +14,7 @@ from lightning_quant.errors import ArtifactError
 from lightning_quant.structures import collect
 
 #: What is written into every file. Files of a later version are refused, earlier ones are read.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 1
 METADATA_FILE = "lightning_quant.json"
 METADATA_KEY = "lightning_quant"
 
@@ -87,9 +87,7 @@ class Artifact(nn.Module):
 
     def _check(self, tensors: list[torch.Tensor]) -> None:
         """Refuse dtypes and shapes that the file was not made for: not every runtime does."""
-        shapes: list[list[int | None]] | None = self.metadata.get("shapes")
-        if shapes is None:  # a file of version 1
-            return
+        shapes: list[list[int | None]] = self.metadata["shapes"]
         names, dtypes = self.metadata["tensors"], self.metadata["input_dtypes"]
         if len(tensors) != len(names):
             raise ArtifactError(f"this artifact takes {len(names)} tensors ({', '.join(names)}), not {len(tensors)}.")
