@@ -10,6 +10,7 @@ import copy
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -33,12 +34,20 @@ _CONVS = frozenset({
 })  # fmt: skip
 _MATRIX_PRODUCTS = frozenset({_ATEN.linear.default, _ATEN.matmul.default, _ATEN.mm.default, _ATEN.bmm.default})
 _KERNELS = _CONVS | _MATRIX_PRODUCTS | {_ATEN.embedding.default, _ATEN.scaled_dot_product_attention.default}
+
+
+def _with_in_place(*names: str) -> frozenset[Any]:
+    """The overloads of these functions, and of the twins that write into their input."""
+    packets = [getattr(_ATEN, twin) for name in names for twin in (name, f"{name}_") if hasattr(_ATEN, twin)]
+    return frozenset(getattr(packet, overload) for packet in packets for overload in packet.overloads())
+
+
+_CLAMPS = _with_in_place("relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max")
 #: Functions of one value that a kernel computes on its sums before it writes them.
-_ACTIVATIONS = frozenset({
-    _ATEN.relu.default, _ATEN.relu6.default, _ATEN.silu.default, _ATEN.gelu.default, _ATEN.sigmoid.default,
-    _ATEN.tanh.default, _ATEN.hardswish.default, _ATEN.hardsigmoid.default, _ATEN.hardtanh.default, _ATEN.elu.default,
-    _ATEN.leaky_relu.default, _ATEN.mish.default, _ATEN.softplus.default, _ATEN.clamp.default,
-})  # fmt: skip
+_ACTIVATIONS = _CLAMPS | _with_in_place(
+    "silu", "gelu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "elu", "leaky_relu", "mish", "softplus"
+)
+_PRODUCT = _with_in_place("mul")
 
 
 @dataclass(frozen=True)
@@ -168,7 +177,7 @@ def _is_activation(node: fx.Node, quantize: fx.Node) -> bool:
     """An activation of the value of a pair; or its product with one, as ``x * sigmoid(x)`` is."""
     if node.target in _ACTIVATIONS:
         return True
-    if node.target is not _ATEN.mul.Tensor:
+    if node.target not in _PRODUCT:
         return False
     sides = [side for side in node.args if isinstance(side, fx.Node)]
     own = [side for side in sides if side in quantize.users]
@@ -179,7 +188,7 @@ def _is_activation(node: fx.Node, quantize: fx.Node) -> bool:
 def _writes_integers(layer: fx.Node) -> bool:
     """Whether what a convolution gives is quantized, by everything that reads it, directly or behind a ReLU."""
     users = list(layer.users)
-    if len(users) == 1 and users[0].target in (_ATEN.relu.default, _ATEN.hardtanh.default, _ATEN.clamp.default):
+    if len(users) == 1 and users[0].target in _CLAMPS:
         users = list(users[0].users)
     return bool(users) and all(user.target in _QUANTIZE for user in users)
 

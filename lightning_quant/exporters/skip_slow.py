@@ -108,6 +108,8 @@ class _Trial:
                 folder = self.folder / str(len(self.loaded))
                 folder.mkdir()
                 self.loaded[names] = self.export(laid_out(self.program, self.layout, names), folder)
-        calls = {str(i): partial(self.loaded[names], *self.data) for i, names in enumerate(candidates)}
+        calls: dict[str, Callable[[], Any]] = {
+            str(i): partial(self.loaded[names], *self.data) for i, names in enumerate(candidates)
+        }
         found = latency_ms(calls, rounds=9, budget_s=1.0)
         return {names: found[str(i)] for i, names in enumerate(candidates)}
