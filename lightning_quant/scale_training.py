@@ -134,7 +134,7 @@ def train_scales(graphs: dict[str, nn.Module], optimizers: Iterable[Any]) -> Sca
 
     Each is trained with the weights of the layer that it is in, or whose output it rounds, or, where there is no such
     layer, with most of the target's weights; those that ``self.parameters()`` has put elsewhere are moved there. A
-    scale whose layer is trained by no optimizer keeps its first value.
+    scale whose layer is trained by no optimizer requires no gradient: it follows the range, as with ``auto``.
 
     Args:
         graphs: Target name -> graph, linked to the module that trains.
@@ -179,8 +179,8 @@ def train_scales(graphs: dict[str, nn.Module], optimizers: Iterable[Any]) -> Sca
             scales.append(_Scale(target, name, parameter, place))
     if still:
         log.warning(
-            "%d learned scales keep their first value, because no optimizer trains the layer that they belong to (the "
-            "first: %s).", len(still), still[0],
+            "%d learned scales are not trained, but follow the range, because no optimizer trains the layer that they "
+            "belong to (the first: %s).", len(still), still[0],
         )  # fmt: skip
     return ScaleTraining(scales)
 

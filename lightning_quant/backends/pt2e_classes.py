@@ -51,9 +51,9 @@ def learned_class() -> Any:
             """``(scale, zero_point)`` as they were learned."""
             return learned_scale.qparams(self)
 
-        def _load_from_state_dict(self, *args: Any) -> None:
-            with fake_quantize.resizable(self):
-                super()._load_from_state_dict(*args)
+        def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+            with learned_scale.resizable(self, state_dict, prefix):
+                super()._load_from_state_dict(state_dict, prefix, *args)
 
     return LearnedFakeQuantize
 
