@@ -70,7 +70,8 @@ class ScaleTraining:
             group = optimizer.param_groups[scale.place.group]
             group["params"].append(scale.parameter)
             if "param_names" in group:
-                group["param_names"].append(f"{scale.target}.{scale.name}.scale")
+                # another list: that of a state_dict is the same object
+                group["param_names"] = [*group["param_names"], f"{scale.target}.{scale.name}.scale"]
         optimizer.state.update(self._states.pop(id(optimizer), {}))
 
     def _take_out(self, optimizer: Optimizer, *_: Any) -> None:
@@ -122,11 +123,10 @@ def _remove(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
     """Take parameters out of all groups, whose lists stay the same objects: LBFGS keeps one."""
     out = {id(parameter) for parameter in parameters}
     for group in optimizer.param_groups:
-        for index in reversed(range(len(group["params"]))):
-            if id(group["params"][index]) in out:
-                del group["params"][index]
-                if "param_names" in group:
-                    del group["param_names"][index]
+        kept = [index for index, parameter in enumerate(group["params"]) if id(parameter) not in out]
+        if "param_names" in group:
+            group["param_names"] = [group["param_names"][index] for index in kept]
+        group["params"][:] = [group["params"][index] for index in kept]
 
 
 def train_scales(graphs: dict[str, nn.Module], optimizers: Iterable[Any]) -> ScaleTraining:
