@@ -37,6 +37,8 @@ from lightning_quant.scale_training import train_scales
 
 ModelCheckpoint = part("callbacks").ModelCheckpoint
 EMAWeightAveraging = part("callbacks").EMAWeightAveraging
+StochasticWeightAveraging = part("callbacks").StochasticWeightAveraging
+Tuner = part("tuner").Tuner
 
 # a run that resumes into another folder
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
@@ -648,10 +650,29 @@ def test_an_optimizer_without_hooks_is_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
-def test_weight_averaging() -> None:
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(lambda: EMAWeightAveraging(decay=0.9), id="EMA"),
+        pytest.param(lambda: StochasticWeightAveraging(0.01, swa_epoch_start=1), id="SWA", marks=pytest.mark.slow),
+    ],
+)
+def test_weight_averaging(other: Any) -> None:
     callback = learned_qat()
-    fitted(Net(sgd), callback, EMAWeightAveraging(decay=0.9))
+    fitted(Net(sgd), callback, other())
     assert callback.report.metrics_int8["val_loss"] == pytest.approx(callback.report.metrics_float["val_loss"], rel=0.1)
+
+
+@pytest.mark.slow
+def test_a_learning_rate_search_before_fit_leaves_no_trace() -> None:
+    module, callback = Net(adam), learned_qat()
+    runner = trainer(callback)
+    before = weights(module)
+    Tuner(runner).lr_find(module, Digits(), num_training=8, update_attr=False)
+    assert different(before, weights(module)) == []
+    assert [name for name, _ in module.named_parameters() if "lightning_quant" in name] == []
+    runner.fit(module, Digits())
+    assert callback.report is not None
 
 
 def test_nothing_is_left_in_the_optimizer() -> None:
@@ -730,7 +751,7 @@ def agreement_db(config: QuantConfig) -> float:
         return decibels(prepared.eval()(x), convert(prepared)(x))
 
 
-#: What rounds the other way in an int8 kernel is off by one step of 0.035 here; a scale that is off by a tenth gives 20.
+#: What rounds the other way in an int8 kernel is off by one step of 0.035; a scale that is off by a tenth gives 20 dB.
 ALIKE_DB = 30
 
 
