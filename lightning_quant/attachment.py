@@ -19,7 +19,9 @@ CHILD = "_lightning_quant"
 
 
 class Attached(nn.Module):
-    """The prepared graphs of a module, as a child that no ``state_dict`` and no optimizer sees.
+    """The prepared graphs of a module, as a child that no ``state_dict`` sees, and whose Parameters are the model's.
+
+    Learned scales are the exception; see :mod:`lightning_quant.scale_training`.
 
     Attributes:
         names: Of the targets, ``""`` for the module's own forward.

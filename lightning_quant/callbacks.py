@@ -32,6 +32,7 @@ from lightning_quant.phases import (
 from lightning_quant.pipeline import Graphs, calibrate, capture, convert_module, deliver, prepare_graphs
 from lightning_quant.placement import ToGraph, divert, restore
 from lightning_quant.report import QuantReport
+from lightning_quant.scale_training import ScaleTraining, train_scales
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,12 @@ def _check_dtypes(module: Any, captured: Capture) -> None:
                     f"{target.label}: {name} is {str(parameter.dtype).removeprefix('torch.')}, and int8 is made from "
                     "float32 weights. Call .float() on the module before the run."
                 )
+
+
+def _write_state(checkpoint: dict[str, Any], state: dict[str, Any]) -> None:
+    """Keep the state beside the float weights; that of optimizers only where the checkpoint has the float one."""
+    kept = {key: value for key, value in state.items() if key in checkpoint or key != "optimizer_states"}
+    checkpoint.setdefault(CHECKPOINT_KEY, kept)
 
 
 def _shows_progress(trainer: Any) -> bool:
@@ -328,7 +335,8 @@ class QuantizationAwareTraining(_Base):
         self._phase: Phase | None = None
         self._before: dict[str, torch.Tensor] = {}
         self._frozen: list[torch.nn.Module] = []
-        self._kept: tuple[weakref.ref[Any], dict[str, dict[str, torch.Tensor]]] | None = None
+        self._kept: tuple[weakref.ref[Any], dict[str, Any]] | None = None
+        self._scales: ScaleTraining | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Prepare after the layers exist, before the checkpoint is restored and the strategy wraps the module."""
@@ -352,7 +360,7 @@ class QuantizationAwareTraining(_Base):
         with isolated_rng(), torch.device("cpu"):
             attach(pl_module, prepare_graphs(pl_module, captured, self.config, self.method))
         if self._kept is not None and self._kept[0]() is pl_module:
-            self._load(pl_module, self._kept[1])
+            self._load(pl_module, self._kept[1]["observers"])
 
     def _graphs(self, pl_module: Any) -> Graphs:
         attached = attached_to(pl_module)
@@ -360,14 +368,19 @@ class QuantizationAwareTraining(_Base):
 
     def _save(self, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         # Lightning calls the module's hook also for save_weights_only, a callback's it does not
-        checkpoint[CHECKPOINT_KEY] = {"observers": self._observers(pl_module)}
+        _write_state(checkpoint, self._state(pl_module))
 
-    def _observers(self, pl_module: Any) -> dict[str, dict[str, torch.Tensor]]:
-        return {name: observer_state(graph) for name, graph in self._graphs(pl_module).items()}
+    def _state(self, pl_module: Any) -> dict[str, Any]:
+        state: dict[str, Any] = {
+            "observers": {name: observer_state(graph) for name, graph in self._graphs(pl_module).items()}
+        }
+        if self._scales is not None and (kept := self._scales.state()):
+            state["optimizer_states"] = kept
+        return state
 
     def _keep(self, pl_module: Any) -> None:
         if attached_to(pl_module) is not None:
-            self._kept = (weakref.ref(pl_module), self._observers(pl_module))
+            self._kept = (weakref.ref(pl_module), self._state(pl_module))
 
     def _load(self, pl_module: Any, observers: dict[str, dict[str, torch.Tensor]]) -> None:
         graphs = self._graphs(pl_module)
@@ -380,10 +393,12 @@ class QuantizationAwareTraining(_Base):
             load_observer_state(graph, observers[name])
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """The weights are restored and on their device."""
+        """The weights are restored and on their device; optimizers are made, and their states not yet restored."""
         relink(pl_module)
+        self._scales = train_scales(self._graphs(pl_module), trainer.optimizers)
         if self._loaded:
             self._load(pl_module, self._loaded["observers"])
+            self._scales.load_state(self._loaded.get("optimizer_states", {}))
         self._before = {name: x.detach().cpu().clone() for name, x in pl_module.state_dict().items()}
         if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= self.schedule.start_epoch:
             log.warning(
@@ -481,7 +496,7 @@ class QuantizationAwareTraining(_Base):
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """After the run, the module's own hook is off: checkpoints still get the observers that it ended with."""
         if attached_to(pl_module) is None and self._kept is not None and self._kept[0]() is pl_module:
-            checkpoint.setdefault(CHECKPOINT_KEY, {"observers": self._kept[1]})
+            _write_state(checkpoint, self._kept[1])
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """The user's module is a float module again, with the trained weights."""
@@ -492,4 +507,7 @@ class QuantizationAwareTraining(_Base):
             module.train()
         self._frozen = []
         self._phase = None
+        if self._scales is not None:
+            self._scales.end()
+            self._scales = None
         super()._take_off(pl_module)

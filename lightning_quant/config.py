@@ -108,7 +108,9 @@ class TensorSpec:
             quantization-aware training, ``min_max`` for weights. Or a class of your own that derives from
             ``torch.ao.quantization.ObserverBase`` (with ``backend="pt2e"``: from torchao's), or its import path.
         percentile: With ``observer="percentile"``: per cent of the values that are not above the range, and not below.
-        fake_quantize: What rounds in training: ``auto``, or a class of your own that derives from
+        fake_quantize: What rounds in training: ``auto``, whose scale follows the range; ``learned``, whose scale is
+            trained with the weights from where the first batch puts it (LSQ, https://arxiv.org/abs/1902.08153), and
+            whose zero point stays there; or a class of your own that derives from
             ``torch.ao.quantization.FakeQuantizeBase`` (with ``backend="pt2e"``: from torchao's), or its import path.
 
     Raises:
@@ -131,7 +133,7 @@ class TensorSpec:
             ("dtype", get_args(DtypeName)),
             ("qscheme", get_args(QschemeName)),
             ("observer", get_args(ObserverName)),
-            ("fake_quantize", ("auto",)),
+            ("fake_quantize", ("auto", "learned")),
         )
         for name, choices in named:
             value = getattr(self, name)
@@ -139,6 +141,11 @@ class TensorSpec:
                 load_class(value, f"TensorSpec({name}={value!r})")
             else:
                 _check_choice("TensorSpec", name, value, choices)
+        if self.fake_quantize == "learned" and "." in self.observer:
+            raise ConfigError(
+                f"TensorSpec(fake_quantize='learned', observer={self.observer!r}): a learned scale begins at the min "
+                "and max of the first batch. Leave observer at 'auto', or fake_quantize."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,11 @@ one for the rounding and one for the gradient, in the kernels of :mod:`lightning
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -104,25 +106,26 @@ def _between_graphs(module: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _eagerly(module: Any, x: torch.Tensor) -> torch.Tensor:
-    observing, rounding = _is_on(module, "observer_enabled"), _is_on(module, "fake_quant_enabled")
+    observing, rounding = is_on(module, "observer_enabled"), is_on(module, "fake_quant_enabled")
     if not (observing or rounding) or x.numel() == 0:
-        return _clamped(module, x)
+        return clamped(module, x)
     if observing and module.sharing.calls_per_forward > 1:
-        _observe_shared(module, _clamped(module, x.detach()), module.sharing)
+        observe_shared(module, clamped(module, x.detach()), module.sharing)
         observing = False
         if not rounding:
-            return _clamped(module, x)
+            return clamped(module, x)
     compiled = native.kernels() if _is_plain(module, x) else None
     if compiled is not None:
         return _with_kernels(compiled, module, x, observing, rounding)
-    x = _clamped(module, x)
+    x = clamped(module, x)
     if observing:
-        _keep_range(module, *_followed(module, *_range(module, x.detach())))
-    keep_qparams(module)
+        keep_range(module, *followed(module, *range_of(module, x.detach())))
+    keep_qparams(module, *qparams_of_range(module))
     return _rounded(module, x) if rounding else x
 
 
-def _clamped(module: Any, x: torch.Tensor) -> torch.Tensor:
+def clamped(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """``x`` as a ReLU or the like would give it that the module stands for; see backends/hiding.py."""
     least, most = module.clamp
     if module.clamp == UNCLAMPED:
         return x
@@ -134,7 +137,7 @@ def _clamped(module: Any, x: torch.Tensor) -> torch.Tensor:
 _FLAGS: WeakKeyDictionary[nn.Module, dict[str, tuple[torch.Tensor, int, bool]]] = WeakKeyDictionary()
 
 
-def _is_on(module: Any, name: str) -> bool:
+def is_on(module: Any, name: str) -> bool:
     """Whether the flag is set. Read from its buffer only when that has changed: on a GPU each look is a wait."""
     buffer = module._buffers[name]
     if buffer.is_inference():  # it has no version
@@ -166,7 +169,7 @@ def _grid(*values: Any) -> native.Grid:
     return native.Grid(*values)
 
 
-def _middle(observer: Any) -> int:
+def middle(observer: Any) -> int:
     """The zero point of symmetric ranges."""
     if observer.dtype not in (torch.quint8, torch.uint8):
         return 0
@@ -178,7 +181,7 @@ def _grid_of(module: Any) -> native.Grid:
     averaging = getattr(observer, "averaging_constant", 1.0)
     eps = observer.eps.item()
     ends = observer.quant_min, observer.quant_max
-    return _grid(*ends, module.is_symmetric, _middle(observer), eps, averaging, *module.clamp)
+    return _grid(*ends, module.is_symmetric, middle(observer), eps, averaging, *module.clamp)
 
 
 def _with_kernels(
@@ -188,7 +191,7 @@ def _with_kernels(
         rounded: torch.Tensor = _StraightThrough.apply(x, compiled, module, observing)
         return rounded
     y, _, _ = _run(compiled, module, x.detach(), observing, rounding, masked=False)
-    return _clamped(module, x) if y is None else y
+    return clamped(module, x) if y is None else y
 
 
 def _run(
@@ -270,7 +273,7 @@ class _StraightThrough(torch.autograd.Function):
 # ---- with torch's operators
 
 
-def _range(module: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def range_of(module: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Min and max, float32, of the whole or of each channel."""
     x = x.to(torch.float32)
     if not module.is_per_channel:
@@ -289,11 +292,10 @@ def _make_room(module: Any, channels: int) -> None:
         observer.min_val.resize_(channels).fill_(math.inf)
         observer.max_val.resize_(channels).fill_(-math.inf)
     if module.scale.numel() != channels:
-        module.scale.resize_(channels)
-        module.zero_point.resize_(channels)
+        _resize(module, channels)
 
 
-def _followed(module: Any, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def followed(module: Any, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The average, moved towards a range. The first range is taken as it is, one that is not finite not at all."""
     observer = module.activation_post_process
     before = observer.min_val, observer.max_val
@@ -309,29 +311,54 @@ def _followed(module: Any, low: torch.Tensor, high: torch.Tensor) -> tuple[torch
     return moved[0], moved[1]
 
 
-def _keep_range(module: Any, low: torch.Tensor, high: torch.Tensor) -> None:
+def keep_range(module: Any, low: torch.Tensor, high: torch.Tensor) -> None:
+    """Write it where the module's observer has it."""
     observer = module.activation_post_process
     observer.min_val.copy_(low)
     observer.max_val.copy_(high)
 
 
-def keep_qparams(module: Any) -> None:
-    """Scale and zero point of the range, by the formulas of torch's observers (``UniformQuantizationObserverBase``)."""
+def qparams_of_range(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of the range, by the formulas of torch's observers (``UniformQuantizationObserverBase``).
+
+    Both of the shape of the range, float; 1 and 0 where nothing was seen.
+    """
     observer = module.activation_post_process
     seen = observer.min_val <= observer.max_val
     low, high = observer.min_val.clamp(max=0), observer.max_val.clamp(min=0)
     least, most = observer.quant_min, observer.quant_max
     if module.is_symmetric:
         scale = torch.maximum(torch.maximum(-low, high) / ((most - least) / 2), observer.eps)
-        zero_point = torch.full_like(scale, _middle(observer))
+        zero_point = torch.full_like(scale, middle(observer))
     else:
         scale = torch.maximum((high - low) / float(most - least), observer.eps)
         zero_point = (least - torch.round(low / scale)).clamp(least, most)
+    return torch.where(seen, scale, 1.0), torch.where(seen, zero_point, 0.0)
+
+
+def keep_qparams(module: Any, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
+    """Write them where the module has them."""
     if module.scale.shape != scale.shape and module.scale.numel() != scale.numel():
-        module.scale.resize_(scale.shape)
-        module.zero_point.resize_(scale.shape)
-    module.scale.copy_(torch.where(seen, scale, 1.0).reshape(module.scale.shape))
-    module.zero_point.copy_(torch.where(seen, zero_point, 0.0).reshape(module.scale.shape))
+        _resize(module, scale.shape)
+    module.scale.copy_(scale.reshape(module.scale.shape))
+    module.zero_point.copy_(zero_point.reshape(module.scale.shape))
+
+
+@contextlib.contextmanager
+def resizable(module: Any) -> Iterator[None]:
+    """A scale that is a Parameter can be given another size."""
+    trained = module.scale.requires_grad
+    module.scale.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.scale.requires_grad_(trained)
+
+
+def _resize(module: Any, shape: Any) -> None:
+    with resizable(module):
+        module.scale.resize_(shape)
+    module.zero_point.resize_(shape)
 
 
 def _rounded(module: Any, x: torch.Tensor) -> torch.Tensor:
@@ -348,12 +375,12 @@ def _rounded(module: Any, x: torch.Tensor) -> torch.Tensor:
 def _in_a_graph(module: Any, x: torch.Tensor) -> torch.Tensor:
     """The same without a look at a value, so that ``torch.compile`` can have it in its graph."""
     observer = module.activation_post_process
-    x = _clamped(module, x)
+    x = clamped(module, x)
     observing = module.observer_enabled != 0
-    low, high = _followed(module, *_range(module, x.detach()))
+    low, high = followed(module, *range_of(module, x.detach()))
     observing = observing.reshape(()).expand(low.shape)
-    _keep_range(module, torch.where(observing, low, observer.min_val), torch.where(observing, high, observer.max_val))
-    keep_qparams(module)
+    keep_range(module, torch.where(observing, low, observer.min_val), torch.where(observing, high, observer.max_val))
+    keep_qparams(module, *qparams_of_range(module))
     rounding = (module.fake_quant_enabled != 0).reshape(())
     return torch.where(rounding, _rounded(module, x), x)
 
@@ -361,14 +388,15 @@ def _in_a_graph(module: Any, x: torch.Tensor) -> torch.Tensor:
 # ---- one range for several tensors
 
 
-def _observe_shared(module: Any, x: torch.Tensor, sharing: Sharing) -> None:
+def observe_shared(module: Any, x: torch.Tensor, sharing: Sharing) -> None:
+    """Move the average of a module that several tensors share; see :class:`Sharing`."""
     observer = module.activation_post_process
     if sharing.calls == 0:
         empty = bool(torch.isinf(observer.min_val).any())
         sharing.before = None if empty else (observer.min_val.clone(), observer.max_val.clone())
         sharing.seen = None
     sharing.calls = (sharing.calls + 1) % sharing.calls_per_forward
-    low, high = _range(module, x)
+    low, high = range_of(module, x)
     if bool(torch.isfinite(low) & torch.isfinite(high)):
         if sharing.seen is not None:
             low, high = torch.minimum(low, sharing.seen[0]), torch.maximum(high, sharing.seen[1])
@@ -381,4 +409,4 @@ def _observe_shared(module: Any, x: torch.Tensor, sharing: Sharing) -> None:
         weight = observer.averaging_constant
         low = sharing.before[0] + weight * (low - sharing.before[0])
         high = sharing.before[1] + weight * (high - sharing.before[1])
-    _keep_range(module, low, high)
+    keep_range(module, low, high)

@@ -123,4 +123,10 @@ def load_observer_state(prepared: nn.Module, state: dict[str, torch.Tensor]) -> 
         )
     for name, module in found.items():
         own = {key.removeprefix(name + "."): value for key, value in state.items() if key.startswith(name + ".")}
+        if own.keys() != (expected := module.state_dict().keys()):
+            unlike = ", ".join(sorted(own.keys() ^ expected))
+            raise ConfigError(
+                f"the checkpoint has observers of another kind: at {name}, only one of it and this module "
+                f"has {unlike}. Use the TensorSpec (observer, fake_quantize) that it was trained with."
+            )
         module.load_state_dict(own)

@@ -30,6 +30,7 @@ from lightning_quant.config import HISTOGRAMS, Method, QuantConfig, TensorSpec
 from lightning_quant.custom import load_class
 from lightning_quant.errors import ConfigError
 from lightning_quant.fake_quantize import FakeQuantize, Sharing
+from lightning_quant.learned_scale import LearnedFakeQuantize
 from lightning_quant.observers import HistogramObserver
 
 CONVS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -116,10 +117,12 @@ def _first(constructor: Constructor) -> nn.Module:
 
 
 def _as_new(module: nn.Module) -> nn.Module:
-    """A copy of a module that has buffers, settings and submodules of that kind, and nothing else."""
+    """A copy of a module that has Parameters, buffers, settings and submodules of that kind, and nothing else."""
     twin: nn.Module = type(module).__new__(type(module))
     own = (dict, Sharing)  # what changes
     twin.__dict__.update({k: copy.copy(v) if isinstance(v, own) else v for k, v in module.__dict__.items()})
+    for name, parameter in module._parameters.items():
+        twin._parameters[name] = None if parameter is None else nn.Parameter(parameter.detach().clone())
     for name, buffer in module._buffers.items():
         twin._buffers[name] = None if buffer is None else buffer.clone()
     for name, child in module._modules.items():
@@ -158,9 +161,8 @@ def _activation(config: QuantConfig, method: Method) -> Any:
         observer = own or MovingAverageMinMaxObserver
         return made_with(own_rounding or TorchFakeQuantize, {"observer": observer, **averaging, **shared}, observer)
     # it computes the moving average itself, so that this is the only estimator of training
-    return _constructor(
-        FakeQuantize, observer=MovingAverageMinMaxObserver, averaging_constant=AVERAGING_CONSTANT, **shared
-    )
+    rounding = LearnedFakeQuantize if spec.fake_quantize == "learned" else FakeQuantize
+    return _constructor(rounding, observer=MovingAverageMinMaxObserver, averaging_constant=AVERAGING_CONSTANT, **shared)
 
 
 def _weight(config: QuantConfig, method: Method, *, per_tensor: bool) -> Any:
@@ -184,6 +186,8 @@ def _weight(config: QuantConfig, method: Method, *, per_tensor: bool) -> Any:
         return made_with(own, shared)
     if method == "qat":
         # averaging_constant=1: the range is that of the weights as they are now, without memory
+        if spec.fake_quantize == "learned":
+            return LearnedFakeQuantize.with_args(sees_weights=True, observer=moving, averaging_constant=1.0, **shared)
         return FakeQuantize.with_args(observer=moving, averaging_constant=1.0, **shared)
     return (moving if spec.observer == "moving_average" else exact).with_args(**shared)
 

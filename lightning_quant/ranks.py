@@ -365,7 +365,7 @@ def _follow(rounding: Any) -> None:
     """Let scale and zero point follow the range."""
     with torch.inference_mode():
         if fake_quantize.is_ours(rounding):
-            fake_quantize.keep_qparams(rounding)
+            fake_quantize.keep_qparams(rounding, *fake_quantize.qparams_of_range(rounding))
             return
         # as torch/ao/quantization/fake_quantize.py, FakeQuantize.forward
         scale, zero_point = rounding.calculate_qparams()

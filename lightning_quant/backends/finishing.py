@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lightning_quant import qat_modules
+from lightning_quant import learned_scale, qat_modules
 from lightning_quant._torch_ao import FakeQuantizeBase, ObserverBase
 from lightning_quant.backends.constants import fold_weights, is_constant, is_layer, value_of
 from lightning_quant.backends.graph import check_seen, info
@@ -51,6 +51,7 @@ def finished(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None) -> fx.
                 norm: Any = module.bn
                 factor = norm.weight / torch.sqrt(norm.running_var + norm.eps)
                 weight = weight * factor.reshape([-1] + [1] * (weight.dim() - 1))
+                learned_scale.fold(fake_quantize, factor)
             fake_quantize.enable_observer()
             fake_quantize(weight)
         _store_computed_weights(twin)

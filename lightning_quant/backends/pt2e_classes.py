@@ -1,4 +1,4 @@
-"""Our fake quantize and our histogram as torchao knows them: derived from its classes, once it is there."""
+"""Our fake quantizes and our histogram as torchao knows them: derived from its classes, once it is there."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lightning_quant import fake_quantize, observers
+from lightning_quant import fake_quantize, learned_scale, observers
 from lightning_quant._torch_ao import pt2e
 
 
@@ -28,6 +28,34 @@ def fake_quantize_class() -> Any:
             return fake_quantize.fake_quantize(self, X)
 
     return FakeQuantize
+
+
+@cache
+def learned_class() -> Any:
+    """:class:`lightning_quant.learned_scale.LearnedFakeQuantize`, derived from torchao's."""
+    base: Any = pt2e().FakeQuantize
+
+    class LearnedFakeQuantize(base):
+        """Torchao's, computed by :func:`lightning_quant.learned_scale.fake_quantize`."""
+
+        def __init__(self, *args: Any, sees_weights: bool = False, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            fake_quantize.complete(self)
+            learned_scale.complete(self, sees_weights)
+
+        def forward(self, X: torch.Tensor) -> torch.Tensor:
+            """As torch.ao's."""
+            return learned_scale.fake_quantize(self, X)
+
+        def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
+            """``(scale, zero_point)`` as they were learned."""
+            return learned_scale.qparams(self)
+
+        def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+            with learned_scale.resizable(self, state_dict, prefix):
+                super()._load_from_state_dict(state_dict, prefix, *args)
+
+    return LearnedFakeQuantize
 
 
 @cache

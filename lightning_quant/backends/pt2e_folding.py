@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lightning_quant import learned_scale
 from lightning_quant._torch_ao import is_fake_quantize, is_observer
 from lightning_quant.backends.constants import value_of
 from lightning_quant.backends.graph import place_of
@@ -269,7 +270,11 @@ def _fold(
     folded = _stored(graph_module, f"folded_{number}_weight", weight * scale, layer, node)
     if observer is not None:
         name = f"folded_{number}_observer"
-        graph_module.add_submodule(name, copy.deepcopy(graph_module.get_submodule(str(observer.target))))
+        own = copy.deepcopy(graph_module.get_submodule(str(observer.target)))
+        seen: Any = observer.args[0]
+        if seen.target is not scaled_weight:
+            learned_scale.fold(own, factor)
+        graph_module.add_submodule(name, own)
         with graph_module.graph.inserting_before(layer):
             observed = graph_module.graph.call_module(name, (folded,))
         observed.meta.update(observer.meta)

@@ -19,7 +19,7 @@ from torch import fx
 
 from lightning_quant._torch_ao import pt2e
 from lightning_quant.backends.graph import place_of
-from lightning_quant.backends.pt2e_classes import fake_quantize_class, histogram_class
+from lightning_quant.backends.pt2e_classes import fake_quantize_class, histogram_class, learned_class
 from lightning_quant.backends.pt2e_folding import (
     LINEAR,
     WEIGHTED,
@@ -300,9 +300,8 @@ def activation_spec(config: QuantConfig, method: Method) -> Any:
             "moving_average": names.MovingAverageMinMaxObserver,
         }[spec.observer]
     else:
-        observer = fake_quantize_class().with_args(
-            observer=names.MovingAverageMinMaxObserver, averaging_constant=AVERAGING_CONSTANT
-        )
+        rounding = learned_class() if spec.fake_quantize == "learned" else fake_quantize_class()
+        observer = rounding.with_args(observer=names.MovingAverageMinMaxObserver, averaging_constant=AVERAGING_CONSTANT)
     return names.QuantizationSpec(
         dtype=_dtype(spec, "quint8"),
         quant_min=low,
@@ -351,6 +350,9 @@ def weight_spec(config: QuantConfig, method: Method, axis: int | None) -> Any:
         settings: dict[str, Any] = {"observer": own} if own else {"observer": moving, "averaging_constant": 1.0}
         if per_channel:
             settings["ch_axis"] = axis  # torchao passes that of the specification to observers alone
+        if config.weight.fake_quantize == "learned":
+            settings["sees_weights"] = True
+            own_rounding = learned_class()
         rounding = own_rounding or (names.FakeQuantize if own else fake_quantize_class())
         observer = rounding.with_args(**settings)
     elif own is not None:
