@@ -163,7 +163,7 @@ def _does_nothing(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
         module = graph_module.get_submodule(str(node.target))
         return type(module) is nn.Identity and not module._forward_hooks
-    if node.op != "call_function" or getattr(node.target, "__name__", "") not in _ONLY_IN_TRAINING:
+    if not callable(node.target) or getattr(node.target, "__name__", "") not in _ONLY_IN_TRAINING:
         return False
     try:
         given = inspect.signature(node.target).bind(*node.args, **node.kwargs)
