@@ -262,7 +262,8 @@ def test_dynamic(net: Any, int8: str) -> None:
     assert int8 in {type(part).__module__ for part in callback.quantized_model.modules()}
     assert report.coverage == 1
     assert list(report.artifacts) == ["torchscript"]
-    assert report.formats_left_out == {"onnx": "backend 'fx' does not write it for method 'dynamic'"}
+    reason = "backend 'fx' does not write it for method 'dynamic'"
+    assert report.formats_left_out == {"onnx": reason, "openvino": reason}
     assert merged(runner.test(model, data, verbose=False)) == as_test(report.metrics_int8)
 
 
@@ -532,7 +533,8 @@ def no_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Path:
         raise ExportError("torch.export cannot capture the model: u0\nmore lines")
 
-    monkeypatch.setitem(exporters._EXPORTERS, "onnx", refuse)
+    for name in ("onnx", "openvino"):
+        monkeypatch.setitem(EXPORTERS, name, refuse)
 
 
 @pytest.mark.usefixtures("no_onnx")
@@ -542,8 +544,10 @@ def test_a_format_that_nobody_named_is_left_out_where_it_cannot_be() -> None:
     assert callback.report is not None
     assert callback.report.artifacts == {"torchscript": Path("quantized/model.ts")}
     reason = "torch.export cannot capture the model: u0"
-    assert callback.report.formats_left_out == {"onnx": reason}
-    assert f"`onnx` was not written: {reason}." in Path("quantized/report.md").read_text(encoding="utf8")
+    assert callback.report.formats_left_out == {"onnx": reason, "openvino": reason}
+    page = Path("quantized/report.md").read_text(encoding="utf8")
+    assert f"`onnx` was not written: {reason}." in page
+    assert f"`openvino` was not written: {reason}." in page
 
 
 @pytest.mark.usefixtures("no_onnx")
