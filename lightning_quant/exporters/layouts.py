@@ -7,6 +7,7 @@ what was observed.
 from __future__ import annotations
 
 import copy
+import operator
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
@@ -43,39 +44,54 @@ def _with_in_place(*names: str) -> frozenset[Any]:
 
 
 _CLAMPS = _with_in_place("relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max")
-#: Functions of one value that a kernel computes on its sums before it writes them.
-_ACTIVATIONS = _CLAMPS | _with_in_place(
-    "silu", "gelu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "elu", "leaky_relu", "mish", "softplus"
-)
-_PRODUCT = _with_in_place("mul")
+#: Functions that give values of their input, in another order or fewer of them.
+_MOVES = _with_in_place(
+    "view", "_unsafe_view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "numpy_T", "mT", "squeeze",
+    "unsqueeze", "expand", "expand_as", "repeat", "slice", "select", "narrow", "split", "split_with_sizes", "chunk",
+    "unbind", "contiguous", "clone", "alias", "detach", "dropout", "feature_dropout", "max_pool1d", "max_pool2d",
+    "max_pool3d", "adaptive_max_pool2d", "upsample_nearest2d", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
+    "roll", "flip", "index_select", "gather", "pad", "constant_pad_nd",
+) | {operator.getitem}  # fmt: skip
+_SUMS = _with_in_place("add", "cat")
+_POOLS = _with_in_place(
+    "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+    "mean",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a runtime does with the pairs of a program.
+    """Which steps of a program a runtime computes with integers, besides layers with integer weights.
 
     Attributes:
-        activations_inside: A layer and the activation behind it are one kernel; a pair between them parts the two.
-        output_in_float: A kernel writes floats as fast as integers; a pair at the very end costs two steps.
+        combining: Steps of integers whose result is quantized too.
+        reading: Steps that take integers and may give floats.
         convs_write_integers: There is an int8 convolution only where its output is quantized, directly or behind a
             ReLU; any other convolution is left in float.
     """
 
-    activations_inside: bool = False
-    output_in_float: bool = False
+    combining: frozenset[Any] = frozenset()
+    reading: frozenset[Any] = frozenset()
     convs_write_integers: bool = False
 
 
-#: Format -> how its runtime fuses. docs/architecture.md says how that was found.
-LAYOUTS: dict[str, Layout] = {
-    "pt2": Layout(),  # no runtime of its own: everything that is known stays in
-    "onnx": Layout(convs_write_integers=True),
-    "openvino": Layout(activations_inside=True, output_in_float=True),
-    "aoti": Layout(activations_inside=True, output_in_float=True),
+_PRODUCTS = frozenset({_ATEN.matmul.default, _ATEN.mm.default, _ATEN.bmm.default})
+
+#: Format -> how its runtime fuses; None: it has none of its own, and everything that is known stays in.
+#: docs/architecture.md says how that was found.
+LAYOUTS: dict[str, Layout | None] = {
+    "pt2": None,
+    "onnx": Layout(
+        combining=_SUMS | _POOLS | _with_in_place("mul", "leaky_relu", "softmax"),
+        reading=_PRODUCTS,
+        convs_write_integers=True,
+    ),
+    "openvino": Layout(combining=_SUMS | _with_in_place("mul"), reading=_PRODUCTS | _POOLS),
+    "aoti": Layout(combining=_SUMS, reading=_POOLS),
 }
 
 
-def laid_out(program: Program, layout: Layout, in_float: Collection[str] = ()) -> Program:
+def laid_out(program: Program, layout: Layout | None, in_float: Collection[str] = ()) -> Program:
     """A copy of ``program``, which shares its weights, with the pairs that a runtime fuses.
 
     Args:
@@ -87,19 +103,21 @@ def laid_out(program: Program, layout: Layout, in_float: Collection[str] = ()) -
     shared = {id(tensor): tensor for tensor in (*program.state_dict.values(), *program.constants.values())}
     result = copy.deepcopy(program, shared)
     graph = result.graph
-    if layout.activations_inside:
-        _drop(result, (q for q in _pairs(graph) if _parts_an_activation(q)))
-    if layout.output_in_float:
-        _drop(result, (q for q in _pairs(graph) if all(user.op == "output" for user in _users_of_pair(q))))
     found = int8_layers(result)
-    floating = set(in_float)
-    if layout.convs_write_integers:
-        floating |= {name for name, node in found.items() if node.target in _CONVS and not _writes_integers(node)}
+    floating = set(in_float) & found.keys()
+    if layout is not None:
+        _drop(result, (q for q in _pairs(graph) if _moves_integers(q)))
+        if layout.convs_write_integers:
+            convs = {name for name, node in found.items() if node.target in _CONVS}
+            floating |= {name for name in convs if not _writes_integers(found[name])}
+    for name in floating:
+        _store_in_float(result, name)
+    layers = {node for name, node in found.items() if name not in floating}
     if floating:
-        for name in floating & found.keys():
-            _store_in_float(result, name)
-        kept = {node for name, node in found.items() if name not in floating}
-        _drop(result, (q for q in _pairs(graph) if not _touches(q, kept)))
+        _drop(result, (q for q in _pairs(graph) if not _touches(q, layers)))
+    if layout is not None:
+        while idle := [q for q in _pairs(graph) if _is_idle(q, layout, layers)]:
+            _drop(result, idle)
     graph.eliminate_dead_code()
     graph.lint()
     result.graph_module.recompile()
@@ -166,23 +184,52 @@ def _drop(program: Program, pairs: Iterable[fx.Node]) -> None:
             spec.arg = TensorArgument(name=renamed[spec.arg.name])
 
 
-def _parts_an_activation(quantize: fx.Node) -> bool:
-    users = _users_of_pair(quantize)
+def _moves_integers(quantize: fx.Node) -> bool:
+    """Whether what is quantized is on a grid already: moved from where it was dequantized."""
+    return _origin(quantize.args[0]).target in _DEQUANTIZE
+
+
+def _origin(node: Any) -> fx.Node:
+    """Where the values of a node come from, before they were moved."""
+    assert isinstance(node, fx.Node)
+    while node.target in _MOVES and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def _readers(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """What computes with the values of ``nodes``, after they were moved."""
+    found: list[fx.Node] = []
+    waiting = list(nodes)
+    while waiting:
+        for user in waiting.pop().users:
+            if user.target in _MOVES:
+                waiting.append(user)
+            else:
+                found.append(user)
+    return found
+
+
+def _is_idle(quantize: fx.Node, layout: Layout, layers: set[fx.Node]) -> bool:
+    """Whether no step computes with the integers of a pair."""
     source = quantize.args[0]
     assert isinstance(source, fx.Node)
-    return source.target in _KERNELS and bool(users) and all(_is_activation(user, quantize) for user in users)
+    if layout.convs_write_integers:
+        behind = source.args[0] if source.target in _CLAMPS else source
+        if behind in layers and isinstance(behind, fx.Node) and behind.target in _CONVS:
+            return False
+    return not any(reader in layers or _is_integer_step(reader, layout) for reader in _readers(quantize.users))
 
 
-def _is_activation(node: fx.Node, quantize: fx.Node) -> bool:
-    """An activation of the value of a pair; or its product with one, as ``x * sigmoid(x)`` is."""
-    if node.target in _ACTIVATIONS:
-        return True
-    if node.target not in _PRODUCT:
+def _is_integer_step(node: fx.Node, layout: Layout) -> bool:
+    if node.target not in layout.combining and node.target not in layout.reading:
         return False
-    sides = [side for side in node.args if isinstance(side, fx.Node)]
-    own = [side for side in sides if side in quantize.users]
-    gates = [side for side in sides if side.target in _ACTIVATIONS and side.args[0] in quantize.users]
-    return len(own) == len(gates) == 1
+    if any(_origin(x).target not in _DEQUANTIZE for x in node.all_input_nodes):
+        return False
+    outputs = _readers([node])
+    if len(outputs) == 1 and outputs[0].target in _CLAMPS:
+        outputs = _readers(outputs)
+    return node.target in layout.reading or all(reader.target in _QUANTIZE for reader in outputs)
 
 
 def _writes_integers(layer: fx.Node) -> bool:

@@ -35,7 +35,7 @@ def is_slower(one: Callable[..., Any], other: Callable[..., Any], data: tuple[An
 
 def search(
     program: torch.export.ExportedProgram,
-    layout: Layout,
+    layout: Layout | None,
     export: Export,
     data: tuple[Any, ...],
     *,
@@ -93,7 +93,7 @@ class _Trial:
     def __init__(
         self,
         program: torch.export.ExportedProgram,
-        layout: Layout,
+        layout: Layout | None,
         export: Export,
         data: tuple[Any, ...],
         folder: Path,
