@@ -145,8 +145,8 @@ def _name_weights(graph_module: fx.GraphModule) -> None:
         if node.op != "get_attr" or "." in str(node.target):
             continue
         dequantizers = [user for user in node.users if user.target in _DEQUANTIZERS and user.args[0] is node]
-        layers = [layer for dequantize in dequantizers for layer in dequantize.users]
-        place = place_of(layers[0]) if len(layers) == 1 else ""
+        places = {place_of(layer) for dequantize in dequantizers for layer in dequantize.users}
+        place = places.pop() if len(places) == 1 else ""
         if not place:
             continue
         parents = place.split(".")

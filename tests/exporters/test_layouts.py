@@ -54,6 +54,11 @@ def pairs(program: Exported) -> list[tuple[str, list[str]]]:
     return found
 
 
+def quantizers(program: Exported) -> set[tuple[str, Any]]:
+    """The quantize nodes with what they quantize, and how."""
+    return {(node.name, node.args[1:]) for node in program.graph.nodes if node.target is QUANTIZE}
+
+
 def state(program: Exported) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in {**program.state_dict, **program.constants}.items()}
 
@@ -141,18 +146,17 @@ def residual() -> tuple[Exported, torch.Tensor]:
 
 
 @pytest.mark.parametrize("case", [lambda: chain("fx"), lambda: chain("pt2e"), residual])
-def test_a_layout_without_rules_is_the_program_itself(case: Callable[[], Any]) -> None:
+def test_no_layout_is_the_program_itself(case: Callable[[], Any]) -> None:
     program, x = case()
-    copied = laid_out(program, Layout())
+    copied = laid_out(program, LAYOUTS["pt2"])
     assert copied is not program
     assert pairs(copied) == pairs(program)
     assert torch.equal(run(copied, x), run(program, x))
-    assert LAYOUTS["pt2"] == Layout()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("in_float", [(), ("stem", "blocks.0.conv2")])
-def test_the_original_is_not_changed_and_weights_are_shared(layout: Layout, in_float: tuple[str, ...]) -> None:
+def test_the_original_is_not_changed_and_weights_are_shared(layout: Any, in_float: tuple[str, ...]) -> None:
     program, x = residual()
     before, code, expected = state(program), program.graph_module.code, run(program, x)
     result = laid_out(program, layout, in_float)
@@ -167,28 +171,31 @@ def test_the_original_is_not_changed_and_weights_are_shared(layout: Layout, in_f
 
 
 @pytest.mark.parametrize(
-    ("act", "reads"),
+    ("act", "parting", "inside", "behind"),
     [
-        (nn.SiLU(), ["silu"]),
-        (Gated(), ["mul", "sigmoid"]),
-        (nn.GELU(), ["gelu"]),
-        (nn.Hardswish(), ["hardswish"]),
-        (nn.Sigmoid(), ["sigmoid"]),
-        (nn.ReLU6(), ["hardtanh"]),
-        (nn.LeakyReLU(), ["leaky_relu"]),
+        (nn.SiLU(), ["silu"], [], []),
+        (Gated(), ["sigmoid", "mul"], [("sigmoid", ["mul"])], [("mul", ["mean"])]),
+        (nn.GELU(), ["gelu"], [], []),
+        (nn.Hardswish(), ["hardswish"], [], [("hardswish", ["mean"])]),
+        (nn.Sigmoid(), ["sigmoid"], [], [("sigmoid", ["mean"])]),
+        (nn.ReLU6(), ["hardtanh"], [], [("hardtanh", ["mean"])]),
+        (nn.LeakyReLU(), ["leaky_relu"], [], [("leaky_relu", ["mean"])]),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
-def test_a_pair_between_a_layer_and_its_activation_is_dropped(act: nn.Module, reads: list[str]) -> None:
+def test_a_pair_between_a_layer_and_its_activation_is_dropped(
+    act: nn.Module, parting: list[str], inside: list[Any], behind: list[Any]
+) -> None:
     x = torch.randn(16, 3, 8, 8)
     program = written(Activated(act), x)
-    before = pairs(program)
-    parting = [pair for pair in before if pair[0] == "conv2d"]
-    assert [sorted(users) for _, users in parting] in ([reads], [["relu6"]], [])
-    assert pairs(laid_out(program, LAYOUTS["onnx"])) == before
+    conv = ("conv2d", parting)
+    assert pairs(program) == [
+        ("x", ["conv2d"]), conv, *inside, *behind, ("mean", ["linear"]), ("linear", ["output"])
+    ]  # fmt: skip
+    # ONNX Runtime has no int8 convolution that writes floats
+    assert pairs(laid_out(program, LAYOUTS["onnx"])) == [("x", ["conv2d"]), conv, *behind, ("mean", ["linear"])]
     for name in ("openvino", "aoti"):
-        dropped = [*parting, *(pair for pair in before if pair[1] == ["output"])]
-        assert pairs(laid_out(program, LAYOUTS[name])) == [pair for pair in before if pair not in dropped]
+        assert pairs(laid_out(program, LAYOUTS[name])) == [("x", ["conv2d"]), *behind, ("mean", ["linear"])]
 
 
 def test_the_layout_for_openvino_computes_what_its_pairs_say() -> None:
@@ -197,7 +204,7 @@ def test_the_layout_for_openvino_computes_what_its_pairs_say() -> None:
     model, x = Activated(nn.SiLU()), torch.randn(32, 3, 8, 8)
     program = written(model, x)
     qparams = [node.args[1:3] for node in program.graph.nodes if node.target is QUANTIZE]
-    assert [source for source, _ in pairs(program)] == ["x", "conv2d", "silu", "mean", "linear"]
+    assert [source for source, _ in pairs(program)] == ["x", "conv2d", "mean", "linear"]
 
     def rounded(value: torch.Tensor, number: int) -> torch.Tensor:
         return torch.fake_quantize_per_tensor_affine(value, *qparams[number], 0, 255)
@@ -211,15 +218,16 @@ def test_the_layout_for_openvino_computes_what_its_pairs_say() -> None:
     def expected(conv_out: int | None, out: int | None) -> torch.Tensor:
         y = F.conv2d(rounded(x, 0), weight(model.conv), model.conv.bias)
         y = F.silu(y if conv_out is None else rounded(y, conv_out))
-        y = rounded(rounded(y, 2).mean((2, 3)), 3)
-        y = F.linear(y, weight(model.fc), model.fc.bias)
+        y = F.linear(rounded(y.mean((2, 3)), 2), weight(model.fc), model.fc.bias)
         return y if out is None else rounded(y, out)
 
     with torch.no_grad():
-        for name, places in (("pt2", (1, 4)), ("onnx", (1, 4)), ("openvino", (None, None)), ("aoti", (None, None))):
+        for name, places in (("pt2", (1, 3)), ("onnx", (1, None)), ("openvino", (None, None)), ("aoti", (None, None))):
             # a sum of floats in another order now and then rounds to the next step, of which there are thousands here
             assert decibels(expected(*places), run(laid_out(program, LAYOUTS[name]), x)) > 60
-        assert decibels(expected(1, 4), expected(None, None)) < 50  # so that the one is not taken for the other
+        # so that the one is not taken for the other
+        assert decibels(expected(1, None), expected(None, None)) < 55
+        assert decibels(expected(1, 3), expected(1, None)) < 55
 
 
 def test_an_activation_in_place_is_one() -> None:
@@ -229,8 +237,7 @@ def test_an_activation_in_place_is_one() -> None:
             self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.first(x)
-            return self.second(y.clone() if y.shape[1] == 3 else y.sigmoid_())
+            return self.second(self.first(x).sigmoid_())
 
     x = torch.randn(32, 8)
     program = written(InPlace(), x)
@@ -260,7 +267,7 @@ def test_a_pair_that_another_layer_reads_too_stays(backend: str) -> None:
     assert behind_first(laid_out(program, LAYOUTS["openvino"])) == behind_first(program)
 
 
-def test_a_product_with_the_gate_of_another_value_is_no_activation() -> None:
+def test_a_product_with_the_gate_of_another_value_is_a_step_of_integers() -> None:
     class Other(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -271,12 +278,11 @@ def test_a_product_with_the_gate_of_another_value_is_no_activation() -> None:
 
     x = torch.randn(32, 8)
     program = written(Other(), x)
-    kept = [pair for pair in pairs(laid_out(program, LAYOUTS["openvino"])) if pair[0] == "linear"]
-    assert [pair for pair in pairs(program) if pair[0] == "linear" and pair[1] != ["output"]] == [
-        ("linear", ["mul"]),
-        ("linear", ["sigmoid"]),
-    ]
-    assert kept == [("linear", ["mul"])]
+    product = [("linear", ["mul"]), ("sigmoid", ["mul"]), ("mul", ["linear"])]
+    gate = ("linear", ["sigmoid"])
+    assert sorted(pairs(program)) == sorted([("x", ["linear", "linear"]), *product, gate, ("linear", ["output"])])
+    for name in ("onnx", "openvino"):
+        assert sorted(pairs(laid_out(program, LAYOUTS[name]))) == sorted([("x", ["linear", "linear"]), *product])
 
 
 # ---- the end
@@ -286,8 +292,9 @@ def test_a_product_with_the_gate_of_another_value_is_no_activation() -> None:
 def test_a_pair_at_the_end_is_dropped(backend: str) -> None:
     program, x = chain(backend)
     assert pairs(program)[-1] == ("linear", ["output"])
+    for name in ("onnx", "openvino", "aoti"):
+        assert pairs(laid_out(program, LAYOUTS[name])) == pairs(program)[:-1]
     result = laid_out(program, LAYOUTS["openvino"])
-    assert pairs(result) == pairs(program)[:-1]
     # half a step of the output, and what float32 adds to it
     scale = [node.args[1] for node in program.graph.nodes if node.target is QUANTIZE][-1]
     assert (run(result, x) - run(program, x)).abs().max() <= scale * 0.5001
@@ -359,14 +366,14 @@ LAYERS = ("stem", "blocks.0.conv1", "blocks.0.conv2", "blocks.1.conv1", "blocks.
 def test_layers_in_float(in_float: set[str]) -> None:
     program, x = residual()
     assert tuple(int8_layers(program)) == LAYERS
-    result = laid_out(program, Layout(), sorted(in_float))
+    result = laid_out(program, None, sorted(in_float))
     assert list(int8_layers(result)) == [layer for layer in LAYERS if layer not in in_float]
     for layer in LAYERS:
         stored = result.state_dict[f"module.{layer}.weight"]
         expected = dequantized(program, layer) if layer in in_float else program.state_dict[f"module.{layer}.weight"]
         assert stored.dtype == (torch.float32 if layer in in_float else torch.int8)
         assert torch.equal(stored, expected)
-    assert set(map(str, pairs(result))) <= set(map(str, pairs(program)))
+    assert quantizers(result) <= quantizers(program)
     # fewer roundings, and no others
     assert decibels(run(program, x), run(result, x)) > 25
 
@@ -384,13 +391,13 @@ def test_pairs_stay_where_a_layer_beside_them_is_in_int8(backend: str, in_float:
     expected = [
         pair for pair, (before, behind) in zip(pairs(program), around, strict=True) if {before, behind} & int8
     ]
-    assert pairs(laid_out(program, Layout(), tuple(in_float))) == expected
+    assert pairs(laid_out(program, None, tuple(in_float))) == expected
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_all_in_float_is_float_arithmetic_on_the_weights(backend: str) -> None:
     program, x = chain(backend)
-    result = laid_out(program, Layout(), tuple("abcd"))
+    result = laid_out(program, None, tuple("abcd"))
     assert not any("quantize" in str(node.target) for node in result.graph.nodes)
     tensors = {**program.state_dict, **program.constants}
     y = x
@@ -401,17 +408,26 @@ def test_all_in_float_is_float_arithmetic_on_the_weights(backend: str) -> None:
     assert torch.allclose(run(result, x), y, rtol=1e-5, atol=1e-6)
 
 
-def test_a_layer_that_is_called_twice_keeps_the_pairs_of_both_calls() -> None:
+@pytest.mark.parametrize("layout", [None, *(LAYOUTS[name] for name in ("onnx", "openvino", "aoti"))])
+def test_a_layer_that_is_called_twice_keeps_the_pairs_of_both_calls(layout: Layout | None) -> None:
     x = torch.randn(32, 8)
-    program = written(Twice(), x)
+    program = written(Twice(), x, "pt2e")  # the other backends store it twice
     assert list(int8_layers(program)) == ["first", "shared", "last"]
     before = pairs(program)
-    assert pairs(laid_out(program, Layout(), ("last",))) == before[:-1]
-    assert pairs(laid_out(program, Layout(), ("first", "last"))) == before[1:-1]
-    shared = laid_out(program, Layout(), ("shared",))
-    assert list(int8_layers(shared)) == ["first", "last"]
-    # beside "shared" alone is what lies between its two calls
-    assert pairs(shared) == [pair for number, pair in enumerate(before) if number != 2]
+    assert before == [("x", ["linear"]), *[("relu", ["linear"])] * 3]
+    assert pairs(laid_out(program, layout)) == before
+    names = [node.name for node in program.graph.nodes if node.target is QUANTIZE]
+
+    def left(*in_float: str) -> list[str]:
+        kept = {name for name, _ in quantizers(laid_out(program, layout, in_float))}
+        return [name for name in names if name in kept]
+
+    # with no layout, what a layer in int8 wrote is still rounded
+    behind = [] if layout else names[3:]
+    assert left("last") == names[:3] + behind
+    assert left("first", "last") == names[1:3] + behind
+    assert left("shared") == [*names[:1], *([] if layout else names[1:2]), names[3]]
+    assert list(int8_layers(laid_out(program, layout, ("shared",)))) == ["first", "last"]
 
 
 def test_one_scale_for_a_whole_weight() -> None:
@@ -420,7 +436,7 @@ def test_one_scale_for_a_whole_weight() -> None:
     program = to_program(qdq(calibrated(Mlp().eval(), x, config=config)), (x[:2],), ())
     node = next(n for n in program.graph.nodes if n.target is DEQUANTIZE and "first_weight" in n.args[0].name)
     scale, zero_point = node.args[1:3]
-    result = laid_out(program, Layout(), ("first",))
+    result = laid_out(program, None, ("first",))
     assert list(int8_layers(result)) == ["second"]
     integers = program.state_dict["module.first.weight"]
     assert torch.equal(result.state_dict["module.first.weight"], (integers.float() - zero_point) * scale)
