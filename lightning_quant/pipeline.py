@@ -445,7 +445,8 @@ def _native_float(format_name: str, times: dict[str, float], targets: Iterable[s
 
 def class_labels(module: Any) -> tuple[str, ...] | None:
     """The names of a module's classes, if it has them under one of the usual names; None: it does not."""
-    found = next((value for name in _LABELS if (value := getattr(module, name, None))), None)
+    values = [value for name in _LABELS if isinstance(value := getattr(module, name, None), (list, tuple, dict))]
+    found = next((value for value in values if value), None)
     if found is None:
         found = getattr(getattr(module, "config", None), "id2label", None)  # transformers
     if isinstance(found, dict):

@@ -107,8 +107,11 @@ def exactly(text: str) -> str:
         (lambda: ExportConfig(formats="onnx"), "ExportConfig(formats='onnx'): give a list, e.g. ('onnx',)."),
         (
             lambda: ExportConfig(formats=["onx"]),
-            "ExportConfig(formats='onx'): not one of 'torchscript', 'onnx', 'pt2'. Did you mean 'onnx'?",
+            "ExportConfig(formats='onx'): not one of 'torchscript', 'onnx', 'openvino', 'pt2', 'aoti'. "
+            "Did you mean 'onnx'?",
         ),
+        (lambda: ExportConfig(skip_slow="yes"), "ExportConfig(skip_slow='yes'): give True or False."),
+        (lambda: ExportConfig(skip_slow=None), "ExportConfig(skip_slow=None): give True or False."),
         (lambda: ExportConfig(formats=()), "ExportConfig(formats=()): name each format once, at least one."),
         (
             lambda: ExportConfig(formats=("onnx", "onnx")),
@@ -330,21 +333,34 @@ def everything(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("everything")
 @pytest.mark.parametrize("method", ["static", "qat"])
 def test_formats_are_all_that_can_be_written(method: Any) -> None:
-    assert resolve_formats(QuantConfig(), method, ExportConfig()) == (("torchscript", "onnx"), {})
+    assert resolve_formats(QuantConfig(), method, ExportConfig()) == (("torchscript", "onnx", "openvino"), {})
+    pt2e = QuantConfig(backend="pt2e")
+    assert resolve_formats(pt2e, method, ExportConfig()) == (("pt2", "onnx", "openvino"), {})
 
 
 @pytest.mark.usefixtures("only_torch")
 def test_a_format_whose_package_is_missing_is_left_out() -> None:
     chosen, left_out = resolve_formats(QuantConfig(), "static", ExportConfig())
     assert chosen == ("torchscript",)
-    assert left_out == {"onnx": "onnx is not installed: pip install 'lightning-quant[onnx]'"}
+    assert left_out == {
+        "onnx": "onnx is not installed: pip install 'lightning-quant[onnx]'",
+        "openvino": "openvino is not installed: pip install 'lightning-quant[openvino]'",
+    }
+
+
+def test_openvino_is_not_needed_for_the_other_formats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "find_spec", lambda name: None if name == "openvino" else object())
+    chosen, left_out = resolve_formats(QuantConfig(), "static", ExportConfig())
+    assert chosen == ("torchscript", "onnx")
+    assert left_out == {"openvino": "openvino is not installed: pip install 'lightning-quant[openvino]'"}
 
 
 @pytest.mark.usefixtures("everything")
 def test_a_format_that_the_method_cannot_write_is_left_out() -> None:
     chosen, left_out = resolve_formats(QuantConfig(), "dynamic", ExportConfig())
     assert chosen == ("torchscript",)
-    assert left_out == {"onnx": "backend 'fx' does not write it for method 'dynamic'"}
+    reason = "backend 'fx' does not write it for method 'dynamic'"
+    assert left_out == {"onnx": reason, "openvino": reason}
 
 
 @pytest.mark.usefixtures("everything")
@@ -363,12 +379,26 @@ def test_a_named_format_that_the_method_cannot_write() -> None:
         resolve_formats(QuantConfig(), "dynamic", ExportConfig(formats=("onnx",)))
 
 
-@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
-def test_a_named_format_whose_package_is_missing(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("format_name", "package"),
+    [
+        *(("onnx", package) for package in ("onnx", "onnxscript", "onnxruntime")),
+        *(("openvino", package) for package in ("openvino", "onnx", "onnxscript")),
+    ],
+)
+def test_a_named_format_whose_package_is_missing(
+    format_name: Any, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(config, "find_spec", lambda name: None if name == package else object())
     text = (
-        f"format 'onnx' needs the package {package!r}, which is not installed. "
-        "Install it with: pip install 'lightning-quant[onnx]'"
+        f"format {format_name!r} needs the package {package!r}, which is not installed. "
+        f"Install it with: pip install 'lightning-quant[{format_name}]'"
     )
     with pytest.raises(MissingExtraError, match=exactly(text)):
-        resolve_formats(QuantConfig(), "static", ExportConfig(formats=("onnx",)))
+        resolve_formats(QuantConfig(), "static", ExportConfig(formats=(format_name,)))
+
+
+@pytest.mark.usefixtures("only_torch")
+def test_torch_alone_writes_what_torch_runs() -> None:
+    named = ExportConfig(formats=("torchscript", "pt2", "aoti"))
+    assert resolve_formats(QuantConfig(), "static", named) == (("torchscript", "pt2", "aoti"), {})

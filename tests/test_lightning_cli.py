@@ -30,6 +30,10 @@ def _no_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 
+#: Other formats are those of any run, and take their time.
+NATIVE = {"pt2e": "pt2"}
+
+
 def run(*args: str) -> Any:
     """The quantization callback of a LightningCLI that ran with these arguments."""
     cli = part("cli").LightningCLI(DigitsClassifier, Digits, args=[*args, *QUIET], save_config_callback=None)
@@ -48,10 +52,12 @@ def test_calibration_from_flags(backend: str) -> None:
         "--trainer.callbacks.config.skip=[model.0]",
         "--trainer.callbacks.calibration_batches=2",
         "--trainer.callbacks.export.directory=out",
+        f"--trainer.callbacks.export.formats=[{NATIVE.get(backend, 'torchscript')}]",
     )
     assert callback.config == QuantConfig(backend=backend, skip=("model.0",))  # type: ignore[arg-type]
     assert callback.report.config["backend"] == backend
     assert callback.report.sqnr_db > 25
+    assert list(callback.report.formats) == [NATIVE.get(backend, "torchscript")]
     assert callback.report.float_layers == {"model.0": "left float by 'skip'"}
     assert f"backend `{backend}`" in Path("out/report.md").read_text(encoding="utf8")
 
@@ -59,6 +65,7 @@ def test_calibration_from_flags(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["eager", "fx", "pt2e"])
 def test_training_from_yaml(backend: str) -> None:
     layer = {"type": "torch.nn.Conv2d", "weight": {"qscheme": "per_tensor_symmetric"}}
+    export = {"directory": "out", "formats": [NATIVE.get(backend, "torchscript")], "skip_slow": False}
     config = {
         "trainer": {
             "max_epochs": 1,
@@ -66,7 +73,7 @@ def test_training_from_yaml(backend: str) -> None:
             "callbacks": [
                 {
                     "class_path": "lightning_quant.QuantizationAwareTraining",
-                    "init_args": {"config": {"backend": backend, "layers": [layer]}, "export": {"directory": "out"}},
+                    "init_args": {"config": {"backend": backend, "layers": [layer]}, "export": export},
                 }
             ],
         }

@@ -44,9 +44,10 @@ from lightning_quant import (
     ExportConfig,
     ExportError,
     PostTrainingQuantization,
-    exporters,
     load,
 )
+from lightning_quant.exporters.writing import EXPORTERS
+from lightning_quant.pipeline import class_labels
 
 EarlyStopping = part("callbacks").EarlyStopping
 ModelCheckpoint = part("callbacks").ModelCheckpoint
@@ -60,8 +61,18 @@ def test_a_run_ends_with_report_model_and_files(entry: str) -> None:
     assert callback.quantized_model is not None
     assert callback.report is not None
     folder = Path("quantized")
-    assert {f.name for f in folder.iterdir()} == {"report.json", "report.md", "model.ts", "model.onnx"}
-    assert callback.report.artifacts == {"torchscript": folder / "model.ts", "onnx": folder / "model.onnx"}
+    files = {"torchscript": folder / "model.ts", "onnx": folder / "model.onnx", "openvino": folder / "model.xml"}
+    names = {file.name for file in files.values()} | {"model.bin"}
+    assert {f.name for f in folder.iterdir()} == {"report.json", "report.md", *names}
+    assert callback.report.artifacts == files
+    for name, entry in callback.report.formats.items():
+        assert entry.latency_ms_float is not None
+        # a convolution and a linear layer; TorchScript does not show its kernels
+        assert (entry.int8_kernels, entry.float_kernels) == ((None, None) if name == "torchscript" else (2, 0))
+        assert entry.left_float == ()
+    assert callback.report.formats["openvino"].size_bytes == sum(
+        (folder / name).stat().st_size for name in ("model.xml", "model.bin")
+    )
     assert callback.report.targets == ["net"]
     assert json.loads((folder / "report.json").read_text()) == callback.report.to_dict()
     assert callback.report.metrics_int8.keys() == callback.report.metrics_float.keys() == {"val_loss", "val_acc"}
@@ -262,7 +273,8 @@ def test_dynamic(net: Any, int8: str) -> None:
     assert int8 in {type(part).__module__ for part in callback.quantized_model.modules()}
     assert report.coverage == 1
     assert list(report.artifacts) == ["torchscript"]
-    assert report.formats_left_out == {"onnx": "backend 'fx' does not write it for method 'dynamic'"}
+    reason = "backend 'fx' does not write it for method 'dynamic'"
+    assert report.formats_left_out == {"onnx": reason, "openvino": reason}
     assert merged(runner.test(model, data, verbose=False)) == as_test(report.metrics_int8)
 
 
@@ -441,8 +453,9 @@ def test_reloaded_files_give_the_metrics_of_the_report() -> None:
     for format_name, path in report.artifacts.items():
         assert report.formats[format_name].metrics == merged(trainer().validate(_Reloaded(path), data))
     assert report.formats["torchscript"].metrics == report.metrics_int8
-    # ONNX Runtime rounds ties in another way: a logit moves by a few steps of 1/255 of its range at most
-    assert report.formats["onnx"].metrics["val_loss"] == pytest.approx(report.metrics_int8["val_loss"], rel=0.02)
+    # other runtimes round ties in another way: a logit moves by a few steps of 1/255 of its range at most
+    for name in ("onnx", "openvino"):
+        assert report.formats[name].metrics["val_loss"] == pytest.approx(report.metrics_int8["val_loss"], rel=0.02)
 
 
 @pytest.mark.parametrize("made_by", [BuiltInSetup, BuiltInConfigureModel])
@@ -532,7 +545,8 @@ def no_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Path:
         raise ExportError("torch.export cannot capture the model: u0\nmore lines")
 
-    monkeypatch.setitem(exporters._EXPORTERS, "onnx", refuse)
+    for name in ("onnx", "openvino"):
+        monkeypatch.setitem(EXPORTERS, name, refuse)
 
 
 @pytest.mark.usefixtures("no_onnx")
@@ -542,8 +556,10 @@ def test_a_format_that_nobody_named_is_left_out_where_it_cannot_be() -> None:
     assert callback.report is not None
     assert callback.report.artifacts == {"torchscript": Path("quantized/model.ts")}
     reason = "torch.export cannot capture the model: u0"
-    assert callback.report.formats_left_out == {"onnx": reason}
-    assert f"`onnx` was not written: {reason}." in Path("quantized/report.md").read_text(encoding="utf8")
+    assert callback.report.formats_left_out == {"onnx": reason, "openvino": reason}
+    page = Path("quantized/report.md").read_text(encoding="utf8")
+    assert f"`onnx` was not written: {reason}." in page
+    assert f"`openvino` was not written: {reason}." in page
 
 
 @pytest.mark.usefixtures("no_onnx")
@@ -552,3 +568,44 @@ def test_a_format_that_was_named_is_an_error_where_it_cannot_be() -> None:
     with pytest.raises(ExportError, match=r"torch\.export cannot capture the model: u0"):
         trainer(callback).validate(Classifier(mlp()), datamodule=Digits())
     assert not [path for path in Path("quantized").iterdir() if path.suffix in (".ts", ".onnx")]
+
+
+# ---- what files say of the module
+
+
+class _Config:
+    def __init__(self, **values: Any) -> None:
+        self.__dict__.update(values)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "labels"),
+    [
+        ({"class_names": ["cat", "dog"]}, ("cat", "dog")),
+        ({"classes": ("cat", "dog")}, ("cat", "dog")),
+        ({"id2label": {1: "dog", 0: "cat"}}, ("cat", "dog")),
+        ({"class_to_idx": {"dog": 1, "cat": 0}}, ("cat", "dog")),
+        ({"config": _Config(id2label={1: "dog", 0: "cat"})}, ("cat", "dog")),
+        ({"class_labels": ["a"], "classes": ["b"]}, ("a",)),
+        ({"classes": 10}, None),
+        ({"classes": [0, 1]}, None),
+        ({"labels": torch.tensor([1, 2])}, None),
+        ({"class_to_idx": {"dog": "cat"}}, None),
+        ({"config": _Config()}, None),
+        ({}, None),
+    ],
+)
+def test_class_labels(attributes: dict[str, Any], labels: tuple[str, ...] | None) -> None:
+    assert class_labels(_Config(**attributes)) == labels
+
+
+def test_files_hold_labels_and_metrics() -> None:
+    model, callback = Classifier(convnet()), ptq()
+    model.class_names = [str(digit) for digit in range(10)]
+    trainer(callback).validate(model, Digits())
+    metadata = load(callback.report.artifacts["torchscript"]).metadata
+    assert metadata["class_labels"] == model.class_names
+    assert metadata["metrics"] == {
+        "float": callback.report.metrics_float,
+        "int8": callback.report.metrics_int8,
+    }

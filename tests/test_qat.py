@@ -125,10 +125,12 @@ def test_a_run_ends_with_report_model_and_files(made_by: Any, targets: list[str]
     assert merged(runner.test(model, data, verbose=False)) == as_test(report.metrics_int8)
 
 
-def test_both_formats_are_written_and_give_their_metrics() -> None:
+def test_all_formats_are_written_and_give_their_metrics() -> None:
     model, callback = fitted(QuantizationAwareTraining(), max_epochs=2)
     report = callback.report
-    assert {f.name for f in Path("quantized").iterdir()} == {"report.json", "report.md", "model.ts", "model.onnx"}
+    files = {"model.ts", "model.onnx", "model.xml", "model.bin"}
+    assert {f.name for f in Path("quantized").iterdir()} == {"report.json", "report.md", *files}
+    assert report.formats.keys() == {"torchscript", "onnx", "openvino"}
     for format_name, path in report.artifacts.items():
         put_back = copy.deepcopy(model)
         put_back.net = load(path)

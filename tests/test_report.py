@@ -36,7 +36,16 @@ BASE = QuantReport(
         "torchscript": FormatReport(
             size_bytes=1_040_000, latency_ms=1.5, sqnr_db=math.inf, metrics={"val_acc": 0.91, "val_loss": 0.3125}
         ),
-        "onnx": FormatReport(size_bytes=99_000, latency_ms=2.25, sqnr_db=44.04, metrics={"val_acc": 0.9095}),
+        "onnx": FormatReport(
+            size_bytes=99_000,
+            latency_ms=2.25,
+            sqnr_db=44.04,
+            metrics={"val_acc": 0.9095},
+            latency_ms_float=2.5,
+            int8_kernels=19,
+            float_kernels=2,
+            left_float=("encoder.stem", "head"),
+        ),
     },
     formats_left_out={"openvino": "openvino is not installed"},
     float_layers={"head": "left float by 'skip'", "[odd]": "never called"},
@@ -70,6 +79,8 @@ def test_to_dict_is_json() -> None:
     assert plain["artifacts"]["torchscript"]["encoder"] == str(Path("out/model.encoder.ts"))
     assert plain["formats"]["torchscript"]["sqnr_db"] == "inf"
     assert plain["formats"]["onnx"]["sqnr_db"] == 44.04
+    assert plain["formats"]["onnx"]["left_float"] == ["encoder.stem", "head"]
+    assert plain["formats"]["torchscript"]["int8_kernels"] is None
     assert plain["fused"] == [["encoder.conv", "encoder.bn", "encoder.act"]]
     assert plain["metrics_before"] is None
 
@@ -101,7 +112,10 @@ def test_the_page_has_everything() -> None:
         "| SQNR of the output |  | 31.2 dB |  |",
         "| coverage (share of multiply-accumulates) | 0.0 % | 97.5 % |  |",
         "exact | val_acc 0.9100, val_loss 0.3125 |",
-        "| 99.0 kB | 2.25 ms | 44.0 dB | val_acc 0.9095 |",
+        "| format | file | size | latency | float | int8 kernels | SQNR against its program | metrics, reloaded |",
+        "| 1.04 MB | 1.50 ms (fastest) |  |  | exact | val_acc 0.9100, val_loss 0.3125 |",
+        "| 99.0 kB | 2.25 ms | 2.50 ms | 19 of 21 | 44.0 dB | val_acc 0.9095 |",
+        "- onnx: in float in this file, because it is faster so on this machine: encoder.stem, head.",
         "- `openvino` was not written: openvino is not installed.",
         "- `head`: left float by 'skip'",
         "- `encoder.conv` + `encoder.bn` + `encoder.act`",
@@ -110,6 +124,30 @@ def test_the_page_has_everything() -> None:
         assert text in page
     for path in ("model.encoder.ts", "model.decoder.ts", "model.onnx"):
         assert path in page
+
+
+@pytest.mark.parametrize(("left_float", "int8_kernels"), [(("",), None), (("encoder.stem", "head"), 0)])
+def test_a_file_with_everything_in_float(left_float: tuple[str, ...], int8_kernels: int | None) -> None:
+    entry = replace(BASE.formats["onnx"], left_float=left_float, int8_kernels=int8_kernels)
+    report = replace(BASE, formats={**BASE.formats, "onnx": entry})
+    text = "onnx: everything is in float in this file: nothing is faster in int8 on this machine."
+    assert f"- {text}" in report.to_markdown().splitlines()
+    assert text in console_text(report)
+    assert "because it is faster so on this machine" not in report.to_markdown()
+
+
+def test_nothing_is_said_of_files_with_everything_in_int8() -> None:
+    report = replace(BASE, formats={"torchscript": BASE.formats["torchscript"]})
+    for text in (report.to_markdown(), console_text(report)):
+        assert "in float in this file" not in text
+
+
+def test_the_fastest_is_that_of_the_least_time() -> None:
+    assert BASE.fastest == "torchscript"
+    quick = replace(BASE.formats["onnx"], latency_ms=1.0)
+    report = replace(BASE, formats={**BASE.formats, "onnx": quick})
+    assert report.fastest == "onnx"
+    assert report.to_markdown().count("(fastest)") == 1
 
 
 def test_every_table_of_the_page_is_rectangular() -> None:
@@ -194,10 +232,20 @@ def test_write(tmp_path: Path) -> None:
 
 def test_files_that_only_the_earlier_report_lists_are_removed(tmp_path: Path) -> None:
     (tmp_path / "mine.onnx").write_text("not listed in any report")
-    with_files(tmp_path, "model.a.ts", "model.b.ts", "model.onnx").write(tmp_path)
+    with_files(tmp_path, "model.a.ts", "model.b.ts", "model.onnx", "model.pt2", "model.aoti.pt2").write(tmp_path)
     with_files(tmp_path, "model.ts", "model.onnx").write(tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["mine.onnx", "model.onnx", "model.ts", "report.json", "report.md"]
+
+
+def test_the_weights_of_an_earlier_openvino_file_go_with_it(tmp_path: Path) -> None:
+    (tmp_path / "model.a.bin").write_text("weights")
+    (tmp_path / "other.bin").write_text("somebody else's")
+    with_files(tmp_path, "model.a.xml").write(tmp_path)
+    assert (tmp_path / "model.a.bin").exists()
+    with_files(tmp_path, "model.ts").write(tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["model.ts", "other.bin", "report.json", "report.md"]
 
 
 def test_a_file_of_the_earlier_report_that_is_gone_already(tmp_path: Path) -> None:

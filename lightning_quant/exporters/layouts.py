@@ -53,6 +53,8 @@ _MOVES = _with_in_place(
     "roll", "flip", "index_select", "gather", "pad", "constant_pad_nd",
 ) | {operator.getitem}  # fmt: skip
 _SUMS = _with_in_place("add", "cat")
+_PRODUCT = _with_in_place("mul")
+_GATES = _with_in_place("sigmoid", "hardsigmoid", "tanh")
 _POOLS = _with_in_place(
     "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
     "mean",
@@ -103,16 +105,17 @@ def laid_out(program: Program, layout: Layout | None, in_float: Collection[str] 
     shared = {id(tensor): tensor for tensor in (*program.state_dict.values(), *program.constants.values())}
     result = copy.deepcopy(program, shared)
     graph = result.graph
-    found = int8_layers(result)
+    found = _int8_calls(result)
     floating = set(in_float) & found.keys()
     if layout is not None:
         _drop(result, (q for q in _pairs(graph) if _moves_integers(q)))
         if layout.convs_write_integers:
-            convs = {name for name, node in found.items() if node.target in _CONVS}
-            floating |= {name for name in convs if not _writes_integers(found[name])}
+            for name, calls in found.items():
+                if any(call.target in _CONVS and not _writes_integers(call) for call in calls):
+                    floating.add(name)
     for name in floating:
         _store_in_float(result, name)
-    layers = {node for name, node in found.items() if name not in floating}
+    layers = {call for name, calls in found.items() if name not in floating for call in calls}
     if floating:
         _drop(result, (q for q in _pairs(graph) if not _touches(q, layers)))
     if layout is not None:
@@ -125,12 +128,16 @@ def laid_out(program: Program, layout: Layout | None, in_float: Collection[str] 
 
 
 def int8_layers(program: Program) -> dict[str, fx.Node]:
-    """Layer -> its node, in the order of the graph, for each whose weight is stored as int8.
+    """Layer -> its node (the first of several calls), in the order of the graph, for each with a weight in int8.
 
     The name is that of the weight's buffer without ``module.`` before it and ``.weight`` behind it.
     """
+    return {name: calls[0] for name, calls in _int8_calls(program).items()}
+
+
+def _int8_calls(program: Program) -> dict[str, list[fx.Node]]:
     names = _state_names(program)
-    found: dict[str, fx.Node] = {}
+    found: dict[str, list[fx.Node]] = {}
     for node in program.graph.nodes:
         if node.target not in _KERNELS:
             continue
@@ -138,7 +145,7 @@ def int8_layers(program: Program) -> dict[str, fx.Node]:
             if dequantize.target in _DEQUANTIZE_WEIGHT:
                 stored = dequantize.args[0]
                 if isinstance(stored, fx.Node) and stored.name in names:
-                    found.setdefault(_layer(names[stored.name]), node)
+                    found.setdefault(_layer(names[stored.name]), []).append(node)
     return found
 
 
@@ -224,12 +231,29 @@ def _is_idle(quantize: fx.Node, layout: Layout, layers: set[fx.Node]) -> bool:
 def _is_integer_step(node: fx.Node, layout: Layout) -> bool:
     if node.target not in layout.combining and node.target not in layout.reading:
         return False
-    if any(_origin(x).target not in _DEQUANTIZE for x in node.all_input_nodes):
+    if any(_origin(x).target not in _DEQUANTIZE for x in node.all_input_nodes) or _is_gated(node):
         return False
     outputs = _readers([node])
     if len(outputs) == 1 and outputs[0].target in _CLAMPS:
         outputs = _readers(outputs)
     return node.target in layout.reading or all(reader.target in _QUANTIZE for reader in outputs)
+
+
+def _is_gated(node: fx.Node) -> bool:
+    """Whether a product is ``x * sigmoid(x)``, which runtimes compute as one activation."""
+    if node.target not in _PRODUCT or len(node.all_input_nodes) != 2:
+        return False
+    one, other = (_in_front_of_pair(side) for side in node.all_input_nodes)
+    return any(
+        gate.target in _GATES and _in_front_of_pair(gate.args[0]) is value for gate, value in ((one, other), (other, one))
+    )
+
+
+def _in_front_of_pair(node: Any) -> fx.Node:
+    """The value that a pair rounds; any other value itself."""
+    quantize = node.args[0] if node.target in _DEQUANTIZE else node
+    value: fx.Node = quantize.args[0] if quantize.target in _QUANTIZE else node
+    return value
 
 
 def _writes_integers(layer: fx.Node) -> bool:

@@ -42,10 +42,12 @@ class Int8Weight(nn.Module):
         scale: float32, ``(channels,)``, one for each index of ``axis``. Not there if the weight has one scale.
         zero_point: int64, shaped like ``scale``. Not there if the weight has one scale.
         scalars: ``(scale, zero_point)`` of a weight that has one scale, else None.
+        after: What is fused with the layer, a ReLU; or nothing.
     """
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, after: nn.Module | None = None) -> None:
         super().__init__()
+        self.after = after
         self.function = _FUNCTIONS[type(layer)]
         self.register_buffer("weight", layer.get_quantized_weight().detach())
         per_channel = layer.weight_qscheme in (torch.per_channel_affine, torch.per_channel_symmetric)
@@ -74,7 +76,7 @@ class Int8Weight(nn.Module):
         if self.pad:
             x = F.pad(x, self.pad, mode=self.padding_mode)
         result: torch.Tensor = self.function(x, weight, self.bias, **self.arguments)
-        return result
+        return result if self.after is None else self.after(result)
 
     def extra_repr(self) -> str:
         """The function's name and the weight's shape."""
@@ -100,10 +102,14 @@ def _call_arguments(layer: Any) -> dict[str, Any]:
 def to_qdq(reference: fx.GraphModule) -> fx.GraphModule:
     """A copy of a reference graph with its weights stored as int8."""
     graph_module = copy.deepcopy(reference)
-    for name, module in list(graph_module.named_modules()):
-        if type(module) in _FUNCTIONS:
+    for name in dict.fromkeys(str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"):
+        module = graph_module.get_submodule(name)
+        # the name of what is fused is that of its layer
+        fused = list(module) if isinstance(module, nn.Sequential) else [module]
+        if type(fused[0]) in _FUNCTIONS:
+            after = nn.Sequential(*fused[1:]) if len(fused) > 1 else None
             parent, _, child = name.rpartition(".")
-            setattr(graph_module.get_submodule(parent), child, Int8Weight(module))
+            setattr(graph_module.get_submodule(parent), child, Int8Weight(fused[0], after))
     _store_functional_weights(graph_module)
     _name_weights(graph_module)
     graph_module.graph.lint()
@@ -139,8 +145,8 @@ def _name_weights(graph_module: fx.GraphModule) -> None:
         if node.op != "get_attr" or "." in str(node.target):
             continue
         dequantizers = [user for user in node.users if user.target in _DEQUANTIZERS and user.args[0] is node]
-        layers = [layer for dequantize in dequantizers for layer in dequantize.users]
-        place = place_of(layers[0]) if len(layers) == 1 else ""
+        places = {place_of(layer) for dequantize in dequantizers for layer in dequantize.users}
+        place = places.pop() if len(places) == 1 else ""
         if not place:
             continue
         parents = place.split(".")

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_loads
 from lightning_quant._torch_ao import quiet
 from lightning_quant.backends.graph import engine
 from lightning_quant.errors import ArtifactError
+from lightning_quant.runtime.archives import load_program
 from lightning_quant.runtime.artifact import METADATA_FILE, METADATA_KEY, Artifact, read_metadata
 
 
@@ -74,7 +75,7 @@ def load_pt2(path: Path) -> Artifact:
     """The program in an archive of ``torch.export``, or in a package of AOTInductor.
 
     Raises:
-        ArtifactError: It is damaged, or this package did not write it.
+        ArtifactError: It is damaged, this package did not write it, or it would run code.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -86,7 +87,7 @@ def load_pt2(path: Path) -> Artifact:
             return _load_aoti(path)
         metadata = _metadata_in_archive(path)
         with quiet():
-            program = torch.export.load(path).module(check_guards=False)
+            program = load_program(path).module(check_guards=False)
     except ArtifactError:
         raise
     except Exception as error:  # torch raises whatever the part of the archive that is wrong makes it raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import functools
 import json
 import re
@@ -15,6 +16,7 @@ import pytest
 import torch
 from models import Branching, Mlp, Residual, TwoInputs, calibrated, decibels, settle
 from torch import nn
+from torch.export.graph_signature import TensorArgument
 
 from lightning_quant import (
     CalibrationError,
@@ -31,6 +33,7 @@ from lightning_quant import (
 from lightning_quant.backends import each_graph
 from lightning_quant.config import SUPPORT
 from lightning_quant.exporters import MIN_SQNR_DB, check_writable, onnx, qdq
+from lightning_quant.exporters.writing import EXPORTERS
 
 FORMATS = ("torchscript", "onnx")
 
@@ -191,7 +194,9 @@ def test_metadata_can_be_read_without_this_package(convnet: Exported) -> None:
         name = next(name for name in archive.namelist() if name.endswith("extra/lightning_quant.json"))
         native = json.loads(archive.read(name))
     props = {prop.key: prop.value for prop in onnx_package.load(convnet.paths["onnx"]).metadata_props}
-    assert native == {**json.loads(props["lightning_quant"]), "format": "torchscript"}
+    # TorchScript has no shapes: what it takes depends on what it computes with them
+    own = {"format": "torchscript", "shapes": [[None] * 4]}
+    assert native == {**json.loads(props["lightning_quant"]), **own}
 
 
 def test_the_onnx_file_is_valid_and_names_its_inputs(exported: Exported) -> None:
@@ -308,11 +313,11 @@ def both(folder: Path) -> ExportConfig:
 
 
 def test_an_exporter_that_raises_leaves_the_folder(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(module: nn.Module, inputs: Any, path: Path, metadata: Any) -> Path:
+    def broken(program: torch.export.ExportedProgram, path: Path, metadata: Any) -> None:
         path.write_text("half of a file")
         raise RuntimeError("disk full")
 
-    monkeypatch.setitem(exporters._EXPORTERS, "onnx", broken)
+    monkeypatch.setitem(EXPORTERS, "onnx", broken)
     x = torch.randn(8, 4)
     with pytest.raises(
         ExportError, match=r"^onnx export of forward failed: RuntimeError: disk full\. Leave the format"
@@ -320,24 +325,32 @@ def test_an_exporter_that_raises_leaves_the_folder(earlier: Path, monkeypatch: p
         export(calibrated(Mlp(), x), None, both(earlier), x)
 
 
+def multiplied(program: torch.export.ExportedProgram, factor: float) -> torch.export.ExportedProgram:
+    """A copy of a program of one output, which it gives times ``factor``."""
+    copied = copy.deepcopy(program)
+    graph = copied.graph
+    output = next(node for node in graph.nodes if node.op == "output")
+    (value,) = output.args[0]
+    with graph.inserting_before(output):
+        product = graph.call_function(torch.ops.aten.mul.Tensor, (value, factor))
+    product.meta = dict(value.meta)
+    output.args = ((product,),)
+    copied.graph_signature.output_specs[0].arg = TensorArgument(name=product.name)
+    copied.graph_module.recompile()
+    return copied
+
+
 def test_a_file_that_computes_something_else_is_not_kept(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Wrong(nn.Module):
-        def __init__(self, module: nn.Module) -> None:
-            super().__init__()
-            self.module = module
+    def wrong(program: torch.export.ExportedProgram, path: Path, metadata: Any) -> None:
+        onnx.export(multiplied(program, 1.1), path, metadata)
 
-        def forward(self, *data: torch.Tensor) -> torch.Tensor:
-            return self.module(*data) * 1.1
-
-    def wrong(module: nn.Module, inputs: Any, path: Path, metadata: Any) -> Path:
-        return onnx.export(Wrong(module), inputs, path, metadata)
-
-    monkeypatch.setitem(exporters._EXPORTERS, "onnx", wrong)
+    monkeypatch.setitem(EXPORTERS, "onnx", wrong)
     x = torch.randn(8, 4)
     # an error of a tenth is 20 dB; where the numbers are rounded once more it is a little less
     text = (
         r"^onnx export of forward: the file computes something else than the model that it was written from: "
-        r"(19\.\d|20\.0) dB, where at least 25 dB are needed\. It was not kept\. Leave the format out with "
+        r"(19\.\d|20\.0) dB, where at least 25 dB are needed\. The first layer that differs is first\. "
+        r"It was not kept\. Leave the format out with "
         r"ExportConfig\(formats=\.\.\.\), or find the layer with QuantConfig\(skip=\.\.\.\)\.$"
     )
     with pytest.raises(ExportError, match=text):
@@ -346,12 +359,11 @@ def test_a_file_that_computes_something_else_is_not_kept(earlier: Path, monkeypa
 
 
 def test_a_file_that_cannot_be_loaded_is_not_kept(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def truncated(module: nn.Module, inputs: Any, path: Path, metadata: Any) -> Path:
-        onnx.export(module, inputs, path, metadata)
+    def truncated(program: torch.export.ExportedProgram, path: Path, metadata: Any) -> None:
+        onnx.export(program, path, metadata)
         path.write_bytes(path.read_bytes()[:100])
-        return path
 
-    monkeypatch.setitem(exporters._EXPORTERS, "onnx", truncated)
+    monkeypatch.setitem(EXPORTERS, "onnx", truncated)
     x = torch.randn(8, 4)
     text = "onnx export of forward: the file that was just written cannot be loaded: "
     with pytest.raises(ExportError, match=f"^{text}"):
