@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from lightning_quant.errors import ArtifactError
+from lightning_quant.formatting import shown_shape
 from lightning_quant.structures import collect
 
 
@@ -71,9 +72,3 @@ class Artifact(nn.Module):
                     f"{name} has the shape {tuple(tensor.shape)}; this artifact takes {shown_shape(shape)}, where * is "
                     "any size."
                 )
-
-
-def shown_shape(shape: list[int | None]) -> str:
-    """As ``(*, 3, 224, 224)``."""
-    sizes = ["*" if size is None else str(size) for size in shape]
-    return f"({', '.join(sizes)}{',' * (len(sizes) == 1)})"
