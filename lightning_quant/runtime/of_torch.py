@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.export.pt2_archive.constants import OPAQUE_OBJ_FILENAME_PREFIX
 from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_loads
 
 from lightning_quant._torch_ao import quiet
 from lightning_quant.backends.graph import engine
 from lightning_quant.errors import ArtifactError
+from lightning_quant.modes import tensors_only
 from lightning_quant.runtime.artifact import Artifact
 from lightning_quant.runtime.metadata import is_aoti
 
@@ -65,18 +69,27 @@ def load_pt2(path: Path, metadata: dict[str, Any]) -> Artifact:
     """The program in an archive of ``torch.export``, or in a package of AOTInductor, with this metadata.
 
     Raises:
-        ArtifactError: It is damaged.
+        ArtifactError: It is damaged, or holds pickled objects that are no tensors.
     """
     try:
         if is_aoti(path):
             return _load_aoti(path, metadata)
-        with quiet():
+        _refuse_pickled_objects(path)
+        with quiet(), tensors_only():
             program = torch.export.load(path).module(check_guards=False)
     except Exception as error:  # torch raises whatever the part of the archive that is wrong makes it raise
         raise ArtifactError(
             f"{path}: cannot be read as a torch.export archive, it is damaged or foreign: {error}"
         ) from error
     return Pt2Artifact(program, metadata).eval()
+
+
+def _refuse_pickled_objects(path: Path) -> None:
+    """Objects of Python classes among the constants, which torch unpickles as they are. No exporter here writes any."""
+    with zipfile.ZipFile(path) as archive:
+        found = [name for name in archive.namelist() if f"/{OPAQUE_OBJ_FILENAME_PREFIX}" in name]
+    if found:
+        raise pickle.UnpicklingError(f"it holds a pickled object, {found[0]}")
 
 
 class AotiArtifact(Artifact):
