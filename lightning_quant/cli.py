@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json as _json
+import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -18,7 +19,7 @@ from lightning_quant import demo as _demo
 from lightning_quant.analysis.comparison import Comparison, read_data
 from lightning_quant.analysis.comparison import compare as _compare
 from lightning_quant.analysis.kernels import SHOWN, kernels
-from lightning_quant.config import QuantConfig
+from lightning_quant.config import LayerConfig, QuantConfig, TensorSpec
 from lightning_quant.errors import ArtifactError, MissingExtraError, QuantizationError
 from lightning_quant.formatting import shown_bytes, shown_db, shown_number, shown_shape, shown_threads
 from lightning_quant.runtime import files_of, load, read_metadata
@@ -160,15 +161,23 @@ def _facts(path: Path, metadata: dict[str, Any]) -> list[tuple[str, str]]:
 def _settings(config: dict[str, Any], full: bool) -> list[tuple[str, str]]:
     """``("activation.observer", "percentile")`` of each setting; without ``full``, of those that differ."""
     usual = dict(_flat(_json.loads(_json.dumps(asdict(QuantConfig())))))
-    return [
-        (name, _json.dumps(value)) for name, value in _flat(config) if full or name not in usual or value != usual[name]
-    ]
+    usual |= {f"layers[].{field.name}": field.default for field in fields(LayerConfig)}
+    spec = _flat(asdict(TensorSpec()))
+    usual |= {f"layers[].{kind}.{name}": value for kind in ("activation", "weight") for name, value in spec}
+    found = [(name, value, re.sub(r"\[\d+\]", "[]", name)) for name, value in _flat(config)]
+    return [(name, _json.dumps(value)) for name, value, key in found if full or key not in usual or value != usual[key]]
 
 
 def _flat(values: dict[str, Any], above: str = "") -> list[tuple[str, Any]]:
+    """``("layers[0].weight.dtype", "auto")``: the values inside of containers, with their names."""
     found: list[tuple[str, Any]] = []
     for name, value in values.items():
-        found += _flat(value, f"{above}{name}.") if isinstance(value, dict) else [(above + name, value)]
+        if isinstance(value, dict):
+            found += _flat(value, f"{above}{name}.")
+        elif isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+            found += _flat({f"{name}[{i}]": part for i, part in enumerate(value)}, above)
+        else:
+            found.append((above + name, value))
     return found
 
 

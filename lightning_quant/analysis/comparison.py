@@ -134,7 +134,7 @@ def read_data(path: str | Path, metadata: dict[str, Any]) -> Data:
     if path.suffix not in (".npz", ".npy", ".pt"):
         raise ConfigError(f"data {path}: give an .npz, .npy or .pt file.")
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu") if path.suffix == ".pt" else _arrays(path)
+        content = _tensors(path) if path.suffix == ".pt" else _arrays(path)
     except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, TypeError) as error:
         raise ConfigError(f"data {path}: cannot be read: {first_line(error)}") from error
     names: list[str] = metadata["tensors"]
@@ -154,11 +154,17 @@ def read_data(path: str | Path, metadata: dict[str, Any]) -> Data:
     return tuple(content)
 
 
+def _tensors(path: Path) -> Any:
+    if not zipfile.is_zipfile(path):  # of an older format, or garbage, for which torch has no error of its own
+        raise ValueError("torch.save did not write it")
+    return torch.load(path, weights_only=True, map_location="cpu")
+
+
 def _arrays(path: Path) -> torch.Tensor | dict[str, torch.Tensor]:
-    content = np.load(path, allow_pickle=False)
-    if isinstance(content, np.ndarray):
-        return torch.from_numpy(content)
-    with content:
+    with path.open("rb") as file:
+        content = np.load(file, allow_pickle=False)
+        if isinstance(content, np.ndarray):
+            return torch.from_numpy(content)
         return {name: torch.from_numpy(content[name]) for name in content.files}
 
 
@@ -290,10 +296,17 @@ def _outputs(
         raise ArtifactError(
             f"{paths[0]} and {paths[1]} give different outputs, and cannot be compared: {shown[0]} against {shown[1]}."
         )
-    return [_compared(name, a, b) for name, a, b in zip(ours, *outputs, strict=True)]
+    return [compare_output(name, a, b) for name, a, b in zip(ours, *outputs, strict=True)]
 
 
-def _compared(name: str, reference: list[torch.Tensor], other: list[torch.Tensor]) -> OutputComparison:
+def compare_output(name: str, reference: list[torch.Tensor], other: list[torch.Tensor]) -> OutputComparison:
+    """One output of two files.
+
+    Args:
+        name: Its name.
+        reference: What each call of the first file gives.
+        other: The same of the second file, of the same shapes and dtypes.
+    """
     floating = reference[0].is_floating_point()
     return OutputComparison(
         name=name,
@@ -306,7 +319,7 @@ def _compared(name: str, reference: list[torch.Tensor], other: list[torch.Tensor
 def _max_abs_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     a, b = a.double(), b.double()
     same = (a == b) | (a.isnan() & b.isnan())
-    difference = torch.where(same, 0.0, (a - b).abs()).nan_to_num(nan=math.inf)
+    difference = torch.where(same, 0.0, (a - b).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
     return float(difference.max()) if difference.numel() else 0.0
 
 
