@@ -54,6 +54,7 @@ else:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With ``images.npy``, ``images.bin`` and the files that need no compiler."""
+    pytest.importorskip("openvino", reason="openvino is not installed: pip install 'lightning-quant[openvino]'")
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("deploy")
     images = torch.randn(4, 3, 8, 8)
