@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from models import Residual, calibrated, decibels, settle
 from test_docs import blocks
 
 from lightning_quant import ExportConfig, QuantConfig, export, load
+from lightning_quant.cli import main
 from lightning_quant.config import FormatName
 from lightning_quant.runtime import read_metadata
 
@@ -54,10 +56,12 @@ else:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With ``images.npy``, ``images.bin`` and the files that need no compiler."""
+    pytest.importorskip("openvino", reason="openvino is not installed: pip install 'lightning-quant[openvino]'")
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("deploy")
     images = torch.randn(4, 3, 8, 8)
     np.save(folder / "images.npy", images.numpy())
+    np.savez(folder / "images.npz", x=images.numpy())
     images.numpy().tofile(folder / "images.bin")
     write_files(folder, ("torchscript", "onnx", "openvino", "pt2"))
     (folder / "blocker").mkdir()
@@ -172,6 +176,23 @@ def test_the_program_in_cpp(compiled_folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     logits = torch.from_numpy(np.fromfile(folder / "logits.bin", dtype=np.float32)).reshape(4, 5)
     check_logits(folder, "model.aoti.pt2", logits)
+
+
+COMMANDS = [
+    shlex.split(line, comments=True)[1:]
+    for page in (PAGE, PAGE.parents[1] / "README.md")
+    for block in blocks(page, "sh")
+    for line in block.splitlines()
+    if line.startswith("lightning-quant ")
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_a_command_of_the_pages(command: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "old").mkdir(exist_ok=True)
+    shutil.copy(folder / "quantized" / "model.onnx", folder / "old" / "model.onnx")
+    assert main(command) == 0
 
 
 def test_the_table_of_metadata_is_whole(folder: Path) -> None:
