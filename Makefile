@@ -17,7 +17,7 @@ export ZOO_RESULTS := $(CURDIR)/.zoo
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help lint format test test-oldest test-slow zoo data demo bench clean
+.PHONY: help lint format test test-oldest test-slow zoo data demo bench bench-latency clean
 # two environments at once would write the same build files
 .NOTPARALLEL:
 
@@ -54,6 +54,9 @@ demo: $(VENV)/.installed  ## quantize a small network and show its report
 bench: $(VENV)/.benchmarks  ## accuracy, and speed of training and calibration beside other tools; run `make data` first
 	$(VENV)/bin/python benchmarks/accuracy.py
 	$(VENV)/bin/python benchmarks/page.py
+
+bench-latency: $(VENV)/.benchmarks  ## latency of files beside those of other tools; leave the machine alone meanwhile
+	$(VENV)/bin/python benchmarks/latency.py
 
 clean:  ## remove caches and outputs; environments and data stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
