@@ -207,15 +207,18 @@ def test_the_report_says_what_files_leave_in_float() -> None:
     trainer(callback).validate(Classifier(convnet()), datamodule=Digits())
     report = callback.report
     assert report is not None
-    left = {name: entry.left_float for name, entry in report.formats.items()}
-    assert left == {"torchscript": ("net",), "onnx": ("net.0",), "openvino": ("net.0",), "pt2": ()}
+    assert report.formats["torchscript"].left_float == ("",)  # all of it
+    assert report.formats["pt2"].left_float == ()
     for name in ("onnx", "openvino"):
         assert (report.formats[name].int8_kernels, report.formats[name].float_kernels) == (1, 1)
-        assert load(report.artifacts[name]).metadata["left_float"] == ["0"]
+        (layer,) = report.formats[name].left_float
+        assert (layer[:4], layer[-2:]) == ("net.", ".0")
+        assert load(report.artifacts[name]).metadata["left_float"] == [layer]
     # all of TorchScript's file is the float model
     assert report.formats["torchscript"].metrics == pytest.approx(report.metrics_float, rel=1e-5)
     page = Path("quantized/report.md").read_text(encoding="utf8")
-    assert "- onnx: in float in this file, because it is faster so on this machine: net.0." in page
+    assert "- onnx: in float in this file, because it is faster so on this machine: net." in page
+    assert "- torchscript: everything is in float in this file: nothing is faster in int8 on this machine." in page
 
 
 def test_a_wrong_file_with_layers_in_float_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
