@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,17 @@ class AotiArtifact(Artifact):
 def _load_aoti(path: Path) -> AotiArtifact:
     from torch._inductor import aoti_load_package
 
+    # before anything of it runs: to load a library is to run it
+    metadata = read_metadata(path, _metadata_of_package(path))
     with quiet():
         program = aoti_load_package(str(path))
-    return AotiArtifact(program, read_metadata(path, program.get_metadata().get(METADATA_KEY))).eval()
+    return AotiArtifact(program, metadata).eval()
+
+
+def _metadata_of_package(path: Path) -> str | None:
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if name.endswith("_metadata.json"):
+                found: str | None = json.loads(archive.read(name)).get(METADATA_KEY)
+                return found
+    return None
