@@ -255,7 +255,8 @@ def _is_gated(node: fx.Node) -> bool:
         return False
     one, other = (_in_front_of_pair(side) for side in node.all_input_nodes)
     return any(
-        gate.target in _GATES and _in_front_of_pair(gate.args[0]) is value for gate, value in ((one, other), (other, one))
+        gate.target in _GATES and _in_front_of_pair(gate.args[0]) is value
+        for gate, value in ((one, other), (other, one))
     )
 
 

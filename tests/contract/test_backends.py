@@ -105,13 +105,9 @@ COMPILED = ("aoti",)
 SIZES = (1, 3, 64)
 
 
-def check_files(
-    prepared: nn.Module, int8: nn.Module, formats: Any, net: Net, x: torch.Tensor, directory: Path
-) -> None:
+def check_files(prepared: nn.Module, int8: nn.Module, formats: Any, net: Net, x: torch.Tensor, directory: Path) -> None:
     """Each file computes, at any batch, what the program does that it was written from."""
-    files = export(
-        prepared, export_config=ExportConfig(directory=str(directory), formats=formats), example_inputs=x
-    )
+    files = export(prepared, export_config=ExportConfig(directory=str(directory), formats=formats), example_inputs=x)
     assert tuple(files) == formats
     neutral = None
     for name, path in files.items():

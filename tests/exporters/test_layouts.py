@@ -388,9 +388,7 @@ def test_pairs_stay_where_a_layer_beside_them_is_in_int8(backend: str, in_float:
         around = around[:-1]
     assert len(pairs(program)) == len(around)
     int8 = set("abcd") - in_float
-    expected = [
-        pair for pair, (before, behind) in zip(pairs(program), around, strict=True) if {before, behind} & int8
-    ]
+    expected = [pair for pair, (before, behind) in zip(pairs(program), around, strict=True) if {before, behind} & int8]
     assert pairs(laid_out(program, None, tuple(in_float))) == expected
 
 
