@@ -254,10 +254,8 @@ def _is_gated(node: fx.Node) -> bool:
     if node.target not in _PRODUCT or len(node.all_input_nodes) != 2:
         return False
     one, other = (_in_front_of_pair(side) for side in node.all_input_nodes)
-    return any(
-        gate.target in _GATES and _in_front_of_pair(gate.args[0]) is value
-        for gate, value in ((one, other), (other, one))
-    )
+    orders = ((one, other), (other, one))
+    return any(gate.target in _GATES and _in_front_of_pair(gate.args[0]) is value for gate, value in orders)
 
 
 def _in_front_of_pair(node: Any) -> fx.Node:

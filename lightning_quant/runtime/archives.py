@@ -1,7 +1,7 @@
 """Archives of ``torch.export``, read without running what is in them.
 
-``torch.export.load`` unpickles whatever an archive asks it to (``weights_only=False``, or first True and then False), and
-lets sympy evaluate its sizes, which are Python expressions. What this package writes needs neither.
+``torch.export.load`` unpickles whatever an archive asks it to (``weights_only=False``, or first True and then False),
+and lets sympy evaluate its sizes, which are Python expressions. What this package writes needs neither.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
     with PT2ArchiveReader(str(path)) as reader:
         for what in _code_in(reader):
             raise ArtifactError(
-                f"{path}: {what}, which is code that would run when it is loaded. This package writes no such files; it "
-                "was not loaded. Load it with torch.export.load if you trust it."
+                f"{path}: {what}, which is code that would run when it is loaded. This package writes no such files; "
+                "it was not loaded. Load it with torch.export.load if you trust it."
             )
     # not torch.export.load: that goes on to read another kind of archive where this one is damaged
     program: torch.export.ExportedProgram = load_pt2(str(path)).exported_programs["model"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def by_layer(in_int8: list[float], in_float: list[float], border: float = 0.0) -
     def cost(names: Names) -> float:
         kinds = [name in names for name in LAYERS]
         times = sum(in_float[i] if kinds[i] else in_int8[i] for i in range(DEPTH))
-        return times + border * sum(a != b for a, b in zip(kinds, kinds[1:], strict=False))
+        return times + border * sum(a != b for a, b in pairwise(kinds))
 
     return cost
 

@@ -148,7 +148,7 @@ def test_all_inputs_count() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x if len(x) > 1 else -x
 
-    with pytest.raises(ExportError, match="^it: the file computes something else"):
+    with pytest.raises(ExportError, match=r"^it: the file computes something else"):
         verify("it", OfOne(), Plus(), [(X,), (X[:1],)])
 
 
@@ -185,7 +185,7 @@ def test_a_network_that_amplifies(own: float, file: float, kept: bool) -> None:
     if kept:
         assert verify("it", Other(), source, [(X,)]) == pytest.approx(file, abs=1e-6)
     else:
-        with pytest.raises(ExportError, match="^it: the file computes something else"):
+        with pytest.raises(ExportError, match=r"^it: the file computes something else"):
             verify("it", Other(), source, [(X,)])
 
 
