@@ -63,3 +63,9 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's text, shortened."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else ""
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of an error's text, shortened: where TorchScript says what went wrong."""
+    lines = str(error).strip().splitlines()
+    return lines[-1][:200] if lines else ""

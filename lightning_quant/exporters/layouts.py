@@ -223,15 +223,25 @@ def _is_idle(quantize: fx.Node, layout: Layout, layers: set[fx.Node]) -> bool:
     assert isinstance(source, fx.Node)
     if layout.convs_write_integers:
         behind = source.args[0] if source.target in _CLAMPS else source
-        if behind in layers and isinstance(behind, fx.Node) and behind.target in _CONVS:
+        if behind in layers and isinstance(behind, fx.Node) and _has_bias_inside(behind):
             return False
     return not any(reader in layers or _is_integer_step(reader, layout) for reader in _readers(quantize.users))
+
+
+def _has_bias_inside(layer: fx.Node) -> bool:
+    """Whether the bias is added by the kernel, which is one of integers only if it writes integers as well.
+
+    A linear layer of more than two dimensions is a product and a sum.
+    """
+    return layer.target in _CONVS or layer.meta["val"].dim() == 2
 
 
 def _is_integer_step(node: fx.Node, layout: Layout) -> bool:
     if node.target not in layout.combining and node.target not in layout.reading:
         return False
-    if any(_origin(x).target not in _DEQUANTIZE for x in node.all_input_nodes) or _is_gated(node):
+    if any(_origin(x).target not in _DEQUANTIZE for x in node.all_input_nodes):
+        return False
+    if not layout.convs_write_integers and _is_gated(node):  # it is inside of the kernel in front of it
         return False
     outputs = _readers([node])
     if len(outputs) == 1 and outputs[0].target in _CLAMPS:
@@ -244,10 +254,8 @@ def _is_gated(node: fx.Node) -> bool:
     if node.target not in _PRODUCT or len(node.all_input_nodes) != 2:
         return False
     one, other = (_in_front_of_pair(side) for side in node.all_input_nodes)
-    return any(
-        gate.target in _GATES and _in_front_of_pair(gate.args[0]) is value
-        for gate, value in ((one, other), (other, one))
-    )
+    orders = ((one, other), (other, one))
+    return any(gate.target in _GATES and _in_front_of_pair(gate.args[0]) is value for gate, value in orders)
 
 
 def _in_front_of_pair(node: Any) -> fx.Node:

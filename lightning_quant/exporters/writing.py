@@ -254,7 +254,8 @@ class _Writer:
 
         def export_part(part: Exported, folder: Path) -> nn.Module:
             to = folder / path.name
-            own = {"outputs": ["output"], "output_spec": treespec_dumps(tree_flatten(torch.zeros(()))[1])}
+            outputs = [torch.zeros(())] * len(part.graph_signature.user_outputs)
+            own = {"outputs": _output_names(outputs), "output_spec": treespec_dumps(tree_flatten(outputs)[1])}
             EXPORTERS[name](part, to, {**self._metadata(name, _shapes(part), left_float), **own})
             return _reload(label, to)
 

@@ -26,6 +26,8 @@ _LOADERS: dict[str, Callable[[Path, dict[str, Any]], Artifact]] = {
 def load(path: str | Path) -> Artifact:
     """The model in a file that this package wrote. No code that is in a file is unpickled.
 
+    A package of AOTInductor is compiled code, which runs: load one only from where you would run a program from.
+
     Args:
         path: A ``torchscript`` artifact, or one whose name ends in ``.onnx``, ``.xml`` (OpenVINO) or ``.pt2``
             (``torch.export`` or AOTInductor).

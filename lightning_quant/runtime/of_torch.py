@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_loads
 
 from lightning_quant._torch_ao import quiet
 from lightning_quant.backends.graph import engine
-from lightning_quant.errors import ArtifactError
+from lightning_quant.errors import ArtifactError, last_line
 from lightning_quant.runtime.archives import load_program
 from lightning_quant.runtime.artifact import Artifact
 from lightning_quant.runtime.metadata import is_aoti
@@ -26,8 +26,16 @@ class TorchScriptArtifact(Artifact):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output for its inputs, by position or by name."""
-        with engine(self.metadata["config"]["engine"]):
-            return self.program(*self.ordered(args, kwargs))
+        data = self.ordered(args, kwargs)
+        try:
+            with engine(self.metadata["config"]["engine"]):
+                return self.program(*data)
+        except RuntimeError as error:  # TorchScript's errors, of its interpreter and of the kernels
+            given = [list(x.shape) for x in tree_flatten(data)[0] if isinstance(x, torch.Tensor)]
+            raise ArtifactError(
+                f"TorchScript cannot run inputs of the shapes {given}; the file was made with "
+                f"{self.metadata['input_shapes']}, of which the first dimension is free: {last_line(error)}"
+            ) from error
 
 
 def load_torchscript(path: Path, metadata: dict[str, Any]) -> TorchScriptArtifact:

@@ -26,7 +26,11 @@ from lightning_quant import (
     load,
     prepare,
 )
+from lightning_quant.backends import each_graph
 from lightning_quant.config import REFUSED, SUPPORT, BackendName, Method
+from lightning_quant.exporters import qdq
+from lightning_quant.exporters.layouts import LAYOUTS, laid_out
+from lightning_quant.exporters.qdq import to_program
 
 CELLS = [*product(get_args(BackendName), get_args(Method))]
 WORKING = [cell for cell in CELLS if cell in SUPPORT]
@@ -92,15 +96,46 @@ def test_a_cell(cell: tuple[Any, Any], name: str, tmp_path: Path) -> None:
     assert any(row.int8 for row in rows)
     assert bool(left) == any(not row.int8 and row.weighted for row in rows)
 
-    files = export(
-        prepared,
-        export_config=ExportConfig(directory=str(tmp_path), formats=SUPPORT[cell]),
-        example_inputs=x,
-    )
-    # assert
-    for format_name, path in files.items():
+    formats: Any = tuple(name for name in SUPPORT[cell] if name not in COMPILED)
+    check_files(prepared, int8, formats, net, x, tmp_path)
+
+
+#: Formats that take a compiler half a minute for each file.
+COMPILED = ("aoti",)
+SIZES = (1, 3, 64)
+
+
+def check_files(prepared: nn.Module, int8: nn.Module, formats: Any, net: Net, x: torch.Tensor, directory: Path) -> None:
+    """Each file computes, at any batch, what the program does that it was written from."""
+    files = export(prepared, export_config=ExportConfig(directory=str(directory), formats=formats), example_inputs=x)
+    assert tuple(files) == formats
+    neutral = None
+    for name, path in files.items():
         loaded = load(path)
-        for count in (1, 3, 64):
-            x = net.data(count)
+        assert loaded.metadata["format"] == name
+        program = int8
+        if name in LAYOUTS:
+            if neutral is None:
+                neutral = to_program(each_graph(prepared, None, qdq), (x[:2],), ())
+            program = laid_out(neutral, LAYOUTS[name]).module(check_guards=False)
+        for count in SIZES:
+            data = net.data(count)
             with torch.no_grad():
-                assert decibels(int8(x), loaded(x)) >= 25, (format_name, count)
+                assert decibels(program(data), loaded(data)) >= 30, (name, count)
+                assert decibels(int8(data), loaded(data)) >= 25, (name, count)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["residual", "encoder"])
+@pytest.mark.parametrize("cell", [cell for cell in WORKING if set(COMPILED) & set(SUPPORT[cell])], ids="-".join)
+def test_a_cell_of_a_compiled_format(cell: tuple[Any, Any], name: str, tmp_path: Path) -> None:
+    backend, method = cell
+    net = NETS[name]
+    prepared = prepare(net.build(), QuantConfig(backend=backend), method=method, example_inputs=net.data(2))
+    if method == "qat":
+        train(prepared, net)
+    else:
+        with torch.no_grad():
+            for _ in range(4):
+                prepared(net.data(32))
+    check_files(prepared, convert(prepared), COMPILED, net, net.data(16), tmp_path)

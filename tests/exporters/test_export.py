@@ -240,6 +240,8 @@ def test_weights_are_stored_in_int8(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("method", "formats"), [(m, formats) for (b, m), formats in SUPPORT.items() if b == "fx"])
 def test_every_cell_of_the_support_table_writes_its_files(method: Any, formats: Any, tmp_path: Path) -> None:
+    # what has to be compiled has a test of its own
+    formats = tuple(name for name in formats if name != "aoti")
     model, x = Mlp().eval(), torch.randn(16, 4)
     paths = export(calibrated(model, x, method=method), None, ExportConfig(directory=tmp_path, formats=formats), x)
     assert tuple(paths) == formats

@@ -1,0 +1,108 @@
+"""Packages of AOTInductor: compiled, for any batch; and what is said where there is no compiler."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import Mlp, TwoInputs, calibrated, decibels
+from torch import nn
+
+from lightning_quant import ArtifactError, ExportConfig, ExportError, export, load
+
+
+def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "/no/such/compiler")
+    x = torch.randn(8, 4)
+    prepared = calibrated(Mlp().eval(), x)
+    text = (
+        "AOTInductor needs a C++ compiler: CC='/no/such/compiler' is not there. Install g++ or clang, or leave 'aoti' "
+        "out of ExportConfig(formats=...)."
+    )
+    with pytest.raises(ExportError, match=f"^{re.escape(text)}$"):
+        export(prepared, None, ExportConfig(directory=tmp_path, formats=("aoti",)), x)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Files:
+    def __init__(self, model: nn.Module, folder: Path, example: Any, *data: torch.Tensor, **named: Any) -> None:
+        self.model = model.eval()
+        prepared = calibrated(self.model, *data, **named)
+        self.path = export(prepared, None, ExportConfig(directory=folder, formats=("aoti",)), example)["aoti"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Files]:
+    def make(name: str) -> Files:
+        torch.manual_seed(0)
+        folder, (a, b) = tmp_path_factory.mktemp("files"), torch.randn(2, 16, 4)
+        if name == "mlp":
+            return Files(Mlp(), folder, a, a)
+        return Files(TwoInputs(), folder, {"a": a, "b": b}, a, b=b)
+
+    return functools.cache(make)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 3, 64])
+def test_any_batch(files: Callable[[str], Files], size: int) -> None:
+    file, x = files("mlp"), torch.randn(size, 4)
+    loaded = load(file.path)
+    assert file.path.name == "model.aoti.pt2"
+    with torch.no_grad():
+        assert decibels(file.model(x), loaded(x)) > 25
+    assert torch.equal(copy.deepcopy(loaded)(x=x), loaded(x))
+    assert not loaded.training
+    assert not loaded(x).requires_grad
+
+
+@pytest.mark.slow
+def test_a_dict_of_two_inputs(files: Callable[[str], Files]) -> None:
+    file, (a, b) = files("two"), torch.randn(2, 5, 4)
+    loaded = load(file.path)
+    assert loaded.metadata["format"] == "aoti"
+    assert loaded.metadata["tensors"] == ["a", "b"]
+    expected, found = file.model(a, b=b), loaded(b=b, a=a)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert decibels(value, found[key]) > 25
+    # inputs that are no blocks of memory are made some
+    assert torch.equal(loaded(a.T.contiguous().T, b)["sum"], found["sum"])
+    with pytest.raises(ArtifactError, match=r"^a is torch\.float64; this artifact takes torch\.float32"):
+        loaded(a.double(), b)
+    with pytest.raises(ArtifactError, match=r"^b has the shape \(5, 1\); this artifact takes \(\*, 4\)"):
+        loaded(a, b[:, :1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.95])
+def test_a_truncated_package(files: Callable[[str], Files], share: float, tmp_path: Path) -> None:
+    content = files("mlp").path.read_bytes()
+    path = tmp_path / "model.aoti.pt2"
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ArtifactError, match=rf"^{re.escape(str(path))}: cannot be read as a torch\.export archive"):
+        load(path)
+
+
+@pytest.mark.slow
+def test_a_package_that_somebody_else_compiled_does_not_run(files: Callable[[str], Files], tmp_path: Path) -> None:
+    """Compiled code runs when it is loaded: the metadata is read before."""
+    path = tmp_path / "model.aoti.pt2"
+    with zipfile.ZipFile(files("mlp").path) as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name.endswith("_metadata.json"):
+                content = content.replace(b'"lightning_quant":', b'"somebody_else":')
+            if name.endswith(".so"):
+                content = b"no library at all"
+            new.writestr(name, content)
+    text = f"{path}: not written by lightning_quant (it has no metadata). Load it with its own runtime."
+    with pytest.raises(ArtifactError, match=f"^{re.escape(text)}$"):
+        load(path)
