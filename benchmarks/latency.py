@@ -36,9 +36,11 @@ PEERS = {
     "own quantizer ": ("openvino", "ort.onnx"),
     "NNCF": ("openvino", "nncf.xml"),
 }
+#: pt2e does not observe what ONNX Runtime's convolutions need before a SiLU and the like: its files are OpenVINO's.
 OURS = {
-    **{f"ours, {b}": ("onnxruntime", f"{b}/model.onnx") for b in BACKENDS},
-    **{f"ours, {b} ": ("openvino", f"{b}/model.xml") for b in BACKENDS},
+    "ours, fx": ("onnxruntime", "fx/model.onnx"),
+    "ours, fx ": ("openvino", "fx/model.xml"),
+    "ours, pt2e ": ("openvino", "pt2e/model.xml"),
 }
 
 HEAD = """# Latency
@@ -115,7 +117,8 @@ def write_files(name: str, folder: Path) -> None:
         with torch.no_grad():
             for x in data:
                 prepared(x)
-        files = ExportConfig(directory=str(folder / backend), formats=("onnx", "openvino"), skip_slow=True)
+        formats: Any = ("onnx", "openvino") if backend == "fx" else ("openvino",)
+        files = ExportConfig(directory=str(folder / backend), formats=formats, skip_slow=True)
         export(prepared, None, files, example_inputs=data[0])
 
 
@@ -199,7 +202,7 @@ def main() -> None:
     """Write files, time them, write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--folder", type=Path, help="keep the files here; those that are there are not written again")
     parser.add_argument("--time", nargs=3, metavar=("RUNTIME", "FILE", "BATCH"), help=argparse.SUPPRESS)

@@ -23,6 +23,9 @@ WHOLE = ("aoti",)
 GROUPS = 6
 #: What has to be gained: files that are as fast stay in int8.
 GAIN = 0.02
+#: Where all in int8 takes less than this share of the time of all in float, no group is tried: a dozen files would be
+#: written for a few per cent.
+CLEAR = 0.75
 
 Export = Callable[[torch.export.ExportedProgram, Path], nn.Module]
 
@@ -44,7 +47,7 @@ def search(
     """The layers to leave in float, so that a file is as fast as this can make it: never slower than all in float.
 
     Groups of neighbouring layers are tried one at a time, from the faster of all in int8 and all in float; those that
-    help are joined, and the result is measured against both.
+    help are joined, and the result is measured against both. Where int8 is clearly faster, it is left at that.
 
     Args:
         program: In the neutral form.
@@ -62,6 +65,8 @@ def search(
         times = trial.times([(), layers])
         if not layers or whole:
             return layers if times[layers] < times[()] * (1 - GAIN) else ()
+        if times[()] < CLEAR * times[layers]:
+            return ()
         from_float = times[layers] < times[()]
         base = layers if from_float else ()
         groups = _split(layers, GROUPS)
