@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lightning_quant.formatting import shown_bytes, shown_db, shown_number, shown_threads
+
 
 @dataclass(frozen=True, kw_only=True)
 class FormatReport:
@@ -128,19 +130,19 @@ class QuantReport:
         for name in sorted(self.metrics_float.keys() | self.metrics_int8.keys()):
             a, b = self.metrics_float.get(name), self.metrics_int8.get(name)
             change = "" if a is None or b is None else f"{b - a:+.4f}"
-            rows.append([name, _number(a), _number(b), change])
+            rows.append([name, shown_number(a), shown_number(b), change])
         ratio = self.size_bytes_int8 / max(1, self.size_bytes_float)
         speed = self.latency_ms_float / max(1e-9, self.latency_ms_int8)
-        rows.append(["size", _bytes(self.size_bytes_float), _bytes(self.size_bytes_int8), f"x {ratio:.2f}"])
-        threads = f"{self.num_threads} thread{'s' * (self.num_threads != 1)}"
+        rows.append(["size", shown_bytes(self.size_bytes_float), shown_bytes(self.size_bytes_int8), f"x {ratio:.2f}"])
+        threads = shown_threads(self.num_threads)
         rows.append([f"latency, one sample, {threads}", f"{self.latency_ms_float:.2f} ms",
                      f"{self.latency_ms_int8:.2f} ms", f"{speed:.2f} times as fast"])  # fmt: skip
-        rows.append(["SQNR of the output", "", _db(self.sqnr_db), ""])
+        rows.append(["SQNR of the output", "", shown_db(self.sqnr_db), ""])
         rows.append(["coverage (share of multiply-accumulates)", "0.0 %", f"{100 * self.coverage:.1f} %", ""])
         if self.metrics_before:
             head.insert(1, "before training")
             for row in rows:
-                row.insert(1, _number(self.metrics_before.get(row[0])))
+                row.insert(1, shown_number(self.metrics_before.get(row[0])))
         return head, rows
 
     def _files(self) -> tuple[list[str], list[list[str]]]:
@@ -150,14 +152,23 @@ class QuantReport:
         for name, entry in self.formats.items():
             files = self.artifacts[name]
             shown = ", ".join(str(f) for f in files.values()) if isinstance(files, dict) else str(files)
-            metrics = ", ".join(f"{k} {_number(v)}" for k, v in sorted(entry.metrics.items()))
+            metrics = ", ".join(f"{k} {shown_number(v)}" for k, v in sorted(entry.metrics.items()))
             in_float = "" if entry.latency_ms_float is None else f"{entry.latency_ms_float:.2f} ms"
             kernels = ""
             if entry.int8_kernels is not None and entry.float_kernels is not None:
                 kernels = f"{entry.int8_kernels} of {entry.int8_kernels + entry.float_kernels}"
             latency = f"{entry.latency_ms:.2f} ms{' (fastest)' * (name == self.fastest)}"
             rows.append(
-                [name, shown, _bytes(entry.size_bytes), latency, in_float, kernels, _db(entry.sqnr_db), metrics]
+                [
+                    name,
+                    shown,
+                    shown_bytes(entry.size_bytes),
+                    latency,
+                    in_float,
+                    kernels,
+                    shown_db(entry.sqnr_db),
+                    metrics,
+                ]
             )
         return head, rows
 
@@ -229,18 +240,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return str(value) if isinstance(value, Path) else value
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
-
-
-def _bytes(value: int) -> str:
-    return f"{value / 1e6:.2f} MB" if value >= 1e5 else f"{value / 1e3:.1f} kB"
-
-
-def _db(value: float) -> str:
-    return "exact" if value == math.inf else f"{value:.1f} dB"
 
 
 def _markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:

@@ -18,7 +18,7 @@ NAME = "lightning_quant"
 
 #: Bottom to top. A module imports from its own layer and from those below; a subpackage counts as one module here.
 LAYERS = (
-    ("errors",),
+    ("errors", "formatting"),
     ("custom", "structures", "_torch_ao", "_roots", "arguments", "scripted", "modes", "native", "range_search"),
     ("config",),
     (

@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+#: Suffixes of the files whose runtimes show what they made of them.
+SHOWN = (".onnx", ".xml")
+
 #: ONNX Runtime: products of integers. The names are those of its contributed operators.
 _ONNX_INT8 = (
     "QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat",
@@ -47,9 +50,9 @@ def kernels(path: Path) -> Kernels | None:
     Raises:
         ImportError: The runtime is not installed.
     """
-    if path.suffix == ".onnx":
-        return _of_onnx(path)
-    return _of_openvino(path) if path.suffix == ".xml" else None
+    if path.suffix not in SHOWN:
+        return None
+    return _of_onnx(path) if path.suffix == ".onnx" else _of_openvino(path)
 
 
 def _of_onnx(path: Path) -> Kernels:

@@ -146,14 +146,31 @@ LAYERS: dict[Any, type[nn.Module]] = {
 }
 
 
+#: Functions that give their first argument back where ``training`` is false; stochastic depth is torchvision's.
+_ONLY_IN_TRAINING = ("dropout", "feature_dropout", "alpha_dropout", "dropout1d", "dropout2d", "dropout3d",
+                     "stochastic_depth")  # fmt: skip
+
+
 def _drop_identities(graph_module: fx.GraphModule) -> None:
-    """Take modules that do nothing out of the graph: they stand between layers that could be fused."""
+    """Take what does nothing out of the graph: it stands between layers that could be fused."""
     for node in list(graph_module.graph.nodes):
-        if node.op != "call_module" or type(graph_module.get_submodule(str(node.target))) is not nn.Identity:
-            continue
-        if node.args and not graph_module.get_submodule(str(node.target))._forward_hooks:
+        if node.args and _does_nothing(graph_module, node):
             node.replace_all_uses_with(node.args[0])
             graph_module.graph.erase_node(node)
+
+
+def _does_nothing(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        module = graph_module.get_submodule(str(node.target))
+        return type(module) is nn.Identity and not module._forward_hooks
+    if not callable(node.target) or getattr(node.target, "__name__", "") not in _ONLY_IN_TRAINING:
+        return False
+    try:
+        given = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+    except (TypeError, ValueError):  # it has no signature, or another one
+        return False
+    given.apply_defaults()
+    return given.arguments.get("training") is False
 
 
 def _layers_of_functions(graph_module: fx.GraphModule, scopes: dict[str, tuple[str, type]]) -> dict[str, str]:

@@ -30,6 +30,7 @@ def export(program: torch.export.ExportedProgram, path: Path, metadata: dict[str
         ExportError: The program cannot be written as ONNX, or the file is not valid.
     """
     model = to_model(program, metadata, path)
+    _store_biases_as_integers(model)
     import onnx
 
     prop = model.metadata_props.add()
@@ -73,6 +74,47 @@ def to_model(program: torch.export.ExportedProgram, metadata: dict[str, Any], sc
     for node in model.graph.node:
         del node.metadata_props[:]  # stack traces of the machine that exported
     return model
+
+
+def _store_biases_as_integers(model: Any) -> None:
+    """Give each ``Gemm`` that writes floats its bias in the integers of its sums, as int32 with the product of scales.
+
+    ONNX Runtime has an int8 kernel for one only then. Where a Gemm's output is quantized, it does so by itself.
+    """
+    import numpy as np
+    from onnx import helper, numpy_helper
+
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    made_by = {output: node for node in model.graph.node for output in node.output}
+    quantized = {node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+
+    def scale_of(name: str) -> Any:
+        source = made_by.get(name)
+        if source is None or source.op_type != "DequantizeLinear" or source.input[1] not in stored:
+            return None
+        return numpy_helper.to_array(stored[source.input[1]]).astype(np.float64)
+
+    for index, node in reversed(list(enumerate(model.graph.node))):
+        if node.op_type != "Gemm" or len(node.input) < 3 or node.input[2] not in stored or node.output[0] in quantized:
+            continue
+        of_data, of_weight = (scale_of(name) for name in node.input[:2])
+        scaled = any(attribute.name in ("alpha", "beta") and attribute.f != 1 for attribute in node.attribute)
+        if of_data is None or of_weight is None or scaled:
+            continue
+        scale = of_data * of_weight
+        integers = np.rint(numpy_helper.to_array(stored[node.input[2]]) / scale)
+        if np.abs(integers).max() > np.iinfo(np.int32).max:
+            continue
+        name = f"{node.name}_bias"
+        new = {
+            f"{name}_integers": integers.astype(np.int32),
+            f"{name}_scale": scale.astype(np.float32),
+            f"{name}_zero_point": np.zeros(scale.shape, np.int32),
+        }
+        model.graph.initializer.extend(numpy_helper.from_array(value, key) for key, value in new.items())
+        dequantize = helper.make_node("DequantizeLinear", [*new], [name], f"{name}_dequantize", axis=0)
+        model.graph.node.insert(index, dequantize)
+        model.graph.node[index + 1].input[2] = name
 
 
 class _quiet_exporter:

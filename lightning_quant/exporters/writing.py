@@ -35,7 +35,7 @@ from lightning_quant.exporters.layouts import LAYOUTS, int8_layers, laid_out
 from lightning_quant.exporters.program import Program, check_exportable, smaller
 from lightning_quant.exporters.qdq import to_program
 from lightning_quant.exporters.verification import first_difference, verify
-from lightning_quant.runtime import FORMAT_VERSION, load
+from lightning_quant.runtime import FORMAT_VERSION, files_of, load
 from lightning_quant.structures import Setting, described
 
 Exported = torch.export.ExportedProgram
@@ -116,11 +116,6 @@ def artifact_path(directory: Path, format_name: str, target: str) -> Path:
     """``model.ts``, or ``model.<target>.ts`` where the file is one of several targets."""
     middle = f".{target}" if target else ""
     return directory / f"model{middle}.{SUFFIXES[format_name]}"
-
-
-def files_of(path: Path) -> tuple[Path, ...]:
-    """An artifact's files: those of OpenVINO have their weights in a second one."""
-    return (path, path.with_suffix(".bin")) if path.suffix == ".xml" else (path,)
 
 
 def write(

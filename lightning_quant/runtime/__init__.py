@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from lightning_quant.config import cpu_has_vnni
-from lightning_quant.errors import ArtifactError
-from lightning_quant.runtime.artifact import FORMAT_VERSION, METADATA_FILE, METADATA_KEY, Artifact
+from lightning_quant.runtime.artifact import Artifact
+from lightning_quant.runtime.metadata import FORMAT_VERSION, METADATA_FILE, METADATA_KEY, files_of, read_metadata
 from lightning_quant.runtime.of_onnx import load_onnx
 from lightning_quant.runtime.of_openvino import load_openvino
 from lightning_quant.runtime.of_torch import load_pt2, load_torchscript
 
-__all__ = ["FORMAT_VERSION", "METADATA_FILE", "METADATA_KEY", "Artifact", "load"]
+__all__ = ["FORMAT_VERSION", "METADATA_FILE", "METADATA_KEY", "Artifact", "files_of", "load", "read_metadata"]
 
-_LOADERS: dict[str, Callable[[Path], Artifact]] = {".onnx": load_onnx, ".pt2": load_pt2, ".xml": load_openvino}
+_LOADERS: dict[str, Callable[[Path, dict[str, Any]], Artifact]] = {
+    ".onnx": load_onnx,
+    ".pt2": load_pt2,
+    ".xml": load_openvino,
+}
 
 
 def load(path: str | Path) -> Artifact:
@@ -40,10 +44,9 @@ def load(path: str | Path) -> Artifact:
         UserWarning: The file assumes int8 instructions that this CPU does not have, and will give wrong results.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ArtifactError(f"{path}: no such file.")
-    loaded = _LOADERS.get(path.suffix, load_torchscript)(path)
-    _check_cpu(path, loaded.metadata)
+    metadata = read_metadata(path)
+    loaded = _LOADERS.get(path.suffix, load_torchscript)(path, metadata)
+    _check_cpu(path, metadata)
     return loaded
 
 

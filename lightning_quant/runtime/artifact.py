@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,36 +9,8 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from lightning_quant.errors import ArtifactError
+from lightning_quant.formatting import shown_shape
 from lightning_quant.structures import collect
-
-#: What is written into every file. Files of a later version are refused, earlier ones are read.
-FORMAT_VERSION = 1
-METADATA_FILE = "lightning_quant.json"
-METADATA_KEY = "lightning_quant"
-
-
-def read_metadata(path: Path, text: str | bytes | None) -> dict[str, Any]:
-    """The metadata of a file.
-
-    Args:
-        path: Of the file, for messages.
-        text: JSON; empty or None: there is none.
-
-    Raises:
-        ArtifactError: There is none, or it is that of a later version.
-    """
-    if not text:
-        raise ArtifactError(
-            f"{path}: not written by lightning_quant (it has no metadata). Load it with its own runtime."
-        )
-    metadata: dict[str, Any] = json.loads(text)
-    version = metadata["format_version"]
-    if version > FORMAT_VERSION:
-        raise ArtifactError(
-            f"{path}: format version {version}, and this lightning_quant reads up to {FORMAT_VERSION}. "
-            "Update it: pip install -U lightning-quant"
-        )
-    return metadata
 
 
 class Artifact(nn.Module):
@@ -102,9 +72,3 @@ class Artifact(nn.Module):
                     f"{name} has the shape {tuple(tensor.shape)}; this artifact takes {shown_shape(shape)}, where * is "
                     "any size."
                 )
-
-
-def shown_shape(shape: list[int | None]) -> str:
-    """As ``(*, 3, 224, 224)``."""
-    sizes = ["*" if size is None else str(size) for size in shape]
-    return f"({', '.join(sizes)}{',' * (len(sizes) == 1)})"

@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_loads
 
 from lightning_quant.errors import ArtifactError, MissingExtraError
-from lightning_quant.runtime.artifact import METADATA_KEY, Artifact, read_metadata
+from lightning_quant.runtime.artifact import Artifact
 
 
 class OnnxArtifact(Artifact):
@@ -32,11 +32,11 @@ class OnnxArtifact(Artifact):
         return tree_unflatten(flat, treespec_loads(self.metadata["output_spec"]))
 
 
-def load_onnx(path: Path) -> OnnxArtifact:
-    """The model in an ONNX file.
+def load_onnx(path: Path, metadata: dict[str, Any]) -> OnnxArtifact:
+    """The model in an ONNX file, with its metadata.
 
     Raises:
-        ArtifactError: It is damaged, this package did not write it, or ONNX Runtime does not know its opset.
+        ArtifactError: It is damaged, or ONNX Runtime does not know its opset.
         MissingExtraError: onnxruntime is not installed.
     """
     try:
@@ -56,5 +56,4 @@ def load_onnx(path: Path) -> OnnxArtifact:
                 "Update it: pip install -U onnxruntime"
             ) from error
         raise ArtifactError(f"{path}: cannot be read as ONNX, it is damaged or foreign: {error}") from error
-    metadata = read_metadata(path, session.get_modelmeta().custom_metadata_map.get(METADATA_KEY))
     return OnnxArtifact(session, metadata).eval()

@@ -10,7 +10,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_loads
 
 from lightning_quant.errors import ArtifactError, MissingExtraError
-from lightning_quant.runtime.artifact import METADATA_KEY, Artifact, read_metadata
+from lightning_quant.runtime.artifact import Artifact
 
 #: How many sets of input shapes a file is compiled for. Calls with further ones run a program of any shape, which takes
 #: up to twice as long: each compiled program has weights of its own.
@@ -71,11 +71,11 @@ class OpenVinoArtifact(Artifact):
         return compiled.create_infer_request()
 
 
-def load_openvino(path: Path) -> OpenVinoArtifact:
-    """The model in an ``.xml`` file, with its weights in the ``.bin`` file beside it.
+def load_openvino(path: Path, metadata: dict[str, Any]) -> OpenVinoArtifact:
+    """The model in an ``.xml`` file with this metadata, and with its weights in the ``.bin`` file beside it.
 
     Raises:
-        ArtifactError: It is damaged, its weights are missing, or this package did not write it.
+        ArtifactError: It is damaged, or its weights are missing.
         MissingExtraError: openvino is not installed.
     """
     try:
@@ -91,5 +91,4 @@ def load_openvino(path: Path) -> OpenVinoArtifact:
         model = core.read_model(str(path), str(weights))
     except RuntimeError as error:
         raise ArtifactError(f"{path}: cannot be read as OpenVINO IR, it is damaged or foreign: {error}") from error
-    text = str(model.get_rt_info([METADATA_KEY]).value) if model.has_rt_info([METADATA_KEY]) else None
-    return OpenVinoArtifact(model, read_metadata(path, text)).eval()
+    return OpenVinoArtifact(model, metadata).eval()

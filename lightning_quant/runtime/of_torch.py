@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,8 @@ from lightning_quant._torch_ao import quiet
 from lightning_quant.backends.graph import engine
 from lightning_quant.errors import ArtifactError, last_line
 from lightning_quant.runtime.archives import load_program
-from lightning_quant.runtime.artifact import METADATA_FILE, METADATA_KEY, Artifact, read_metadata
+from lightning_quant.runtime.artifact import Artifact
+from lightning_quant.runtime.metadata import is_aoti
 
 
 class TorchScriptArtifact(Artifact):
@@ -39,28 +38,19 @@ class TorchScriptArtifact(Artifact):
             ) from error
 
 
-def load_torchscript(path: Path) -> TorchScriptArtifact:
-    """The program in a TorchScript file.
+def load_torchscript(path: Path, metadata: dict[str, Any]) -> TorchScriptArtifact:
+    """The program in a TorchScript file with this metadata.
 
     Raises:
-        ArtifactError: It is damaged, or this package did not write it.
+        ArtifactError: It is damaged.
     """
     try:
-        metadata = _metadata_in_archive(path)
         # weights are packed for the engine that is current while they are read
         with quiet(), engine(metadata["config"]["engine"]):
             program = torch.jit.load(str(path), map_location="cpu")
-    except (RuntimeError, zipfile.BadZipFile) as error:
-        if isinstance(error, ArtifactError):
-            raise
+    except RuntimeError as error:
         raise ArtifactError(f"{path}: cannot be read as TorchScript, it is damaged or foreign: {error}") from error
     return TorchScriptArtifact(program, metadata).eval()
-
-
-def _metadata_in_archive(path: Path) -> dict[str, Any]:
-    with zipfile.ZipFile(path) as archive:
-        names = [name for name in archive.namelist() if name.endswith(f"extra/{METADATA_FILE}")]
-        return read_metadata(path, archive.read(names[0]) if names else None)
 
 
 class Pt2Artifact(Artifact):
@@ -80,21 +70,15 @@ class Pt2Artifact(Artifact):
         return self
 
 
-def load_pt2(path: Path) -> Artifact:
-    """The program in an archive of ``torch.export``, or in a package of AOTInductor.
+def load_pt2(path: Path, metadata: dict[str, Any]) -> Artifact:
+    """The program in an archive of ``torch.export``, or in a package of AOTInductor, with this metadata.
 
     Raises:
-        ArtifactError: It is damaged, this package did not write it, or it would run code.
+        ArtifactError: It is damaged, or it would run code.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-        # of an archive that was cut off, zipfile finds one that was stored in it
-        if not any(name.endswith("archive_format") for name in names):
-            raise zipfile.BadZipFile("it has no archive_format")
-        if any("/aotinductor/" in name for name in names):
-            return _load_aoti(path)
-        metadata = _metadata_in_archive(path)
+        if is_aoti(path):
+            return _load_aoti(path, metadata)
         with quiet():
             program = load_program(path).module(check_guards=False)
     except ArtifactError:
@@ -125,20 +109,9 @@ class AotiArtifact(Artifact):
         return tree_unflatten(flat, treespec_loads(self.metadata["output_spec"]))
 
 
-def _load_aoti(path: Path) -> AotiArtifact:
+def _load_aoti(path: Path, metadata: dict[str, Any]) -> AotiArtifact:
     from torch._inductor import aoti_load_package
 
-    # before anything of it runs: to load a library is to run it
-    metadata = read_metadata(path, _metadata_of_package(path))
     with quiet():
         program = aoti_load_package(str(path))
     return AotiArtifact(program, metadata).eval()
-
-
-def _metadata_of_package(path: Path) -> str | None:
-    with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            if name.endswith("_metadata.json"):
-                found: str | None = json.loads(archive.read(name)).get(METADATA_KEY)
-                return found
-    return None

@@ -483,3 +483,26 @@ def test_the_quantized_engine_of_the_process_stays() -> None:
         if engine in ("fbgemm", "qnnpack"):
             convert(calibrated(Mlp(), torch.randn(3, 4), config=QuantConfig(engine=engine)))
             assert torch.backends.quantized.engine == before
+
+
+def test_what_does_nothing_outside_of_training_does_not_part_layers() -> None:
+    """Dropout and stochastic depth before a residual addition left the addition in float."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 8, 3, padding=1)
+            self.second = nn.Conv2d(8, 8, 3, padding=1)
+            self.last = nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.first(x)
+            z = F.dropout(self.second(y), 0.2, self.training)
+            return self.last(z + y)
+
+    model, x = Residual().eval(), torch.randn(2, 3, 8, 8)
+    prepared = prepare(model, method="static", example_inputs=x)
+    prepared(x)
+    targets = {node.target for node in convert(prepared).graph.nodes}  # type: ignore[union-attr]
+    assert torch.ops.quantized.add in targets
+    assert F.dropout not in targets
