@@ -19,8 +19,8 @@ from torch import nn
 
 from lightning_quant import ArtifactError, ExportConfig, MissingExtraError, QuantConfig, export, load
 from lightning_quant.analysis.kernels import kernels
-from lightning_quant.exporters import openvino as exporter
-from lightning_quant.runtime.of_openvino import ANY, SHAPES, load_openvino
+from lightning_quant.runtime import METADATA_KEY
+from lightning_quant.runtime.of_openvino import ANY, SHAPES
 
 openvino = pytest.importorskip("openvino")
 
@@ -288,7 +288,7 @@ def test_ir_that_somebody_else_wrote(convnet: File, tmp_path: Path) -> None:
     path = copied(convnet, tmp_path)
     tree = ElementTree.parse(path)
     info = tree.getroot().find("rt_info")
-    info.remove(info.find(exporter.METADATA_KEY))
+    info.remove(info.find(METADATA_KEY))
     tree.write(path)
     text = f"{path}: not written by lightning_quant (it has no metadata). Load it with its own runtime."
     with pytest.raises(ArtifactError, match=f"^{re.escape(text)}$"):
@@ -302,4 +302,4 @@ def test_without_openvino(convnet: File, monkeypatch: pytest.MonkeyPatch) -> Non
         "Install it with: pip install 'lightning-quant[openvino]'"
     )
     with pytest.raises(MissingExtraError, match=f"^{re.escape(text)}$"):
-        load_openvino(convnet.path)
+        load(convnet.path)
