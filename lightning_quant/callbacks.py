@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lightning_quant._roots import Callback
-from lightning_quant.attachment import after_method, attach, attached_to, detach, relink, run_quantized, unbind
+from lightning_quant.attachment import after_method, attach, attached_to, detach, relink, unbind
 from lightning_quant.backends import check_classes
 from lightning_quant.backends.graph import info, is_initialised
 from lightning_quant.capture import Capture
@@ -21,14 +21,7 @@ from lightning_quant.errors import CalibrationError, ConfigError
 from lightning_quant.evaluate import ValidationData, copy_of, evaluate, validation_data
 from lightning_quant.exporters import check_writable
 from lightning_quant.inputs import Sample, has_validation, isolated_rng, sample, validation_data_of_test
-from lightning_quant.phases import (
-    Phase,
-    Schedule,
-    freeze_batch_norm,
-    load_observer_state,
-    observer_state,
-    set_observing,
-)
+from lightning_quant.phases import FLOAT, Phase, Phases, Schedule, load_observer_state, observer_state
 from lightning_quant.pipeline import Graphs, calibrate, capture, convert_module, deliver, prepare_graphs
 from lightning_quant.placement import ToGraph, divert, restore
 from lightning_quant.report import QuantReport
@@ -332,11 +325,15 @@ class QuantizationAwareTraining(_Base):
             freeze_observers_epoch=freeze_observers_epoch,
             freeze_batch_norm_epoch=freeze_batch_norm_epoch,
         )
-        self._phase: Phase | None = None
+        self._phases: Phases | None = None
         self._before: dict[str, torch.Tensor] = {}
-        self._frozen: list[torch.nn.Module] = []
         self._kept: tuple[weakref.ref[Any], dict[str, Any]] | None = None
         self._scales: ScaleTraining | None = None
+
+    @property
+    def phase(self) -> Phase:
+        """What happens to the model now; outside of ``fit`` it is float."""
+        return FLOAT if self._phases is None else self._phases.phase
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Prepare after the layers exist, before the checkpoint is restored and the strategy wraps the module."""
@@ -395,6 +392,7 @@ class QuantizationAwareTraining(_Base):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """The weights are restored and on their device; optimizers are made, and their states not yet restored."""
         relink(pl_module)
+        self._phases = Phases(pl_module)
         self._scales = train_scales(self._graphs(pl_module), trainer.optimizers)
         if self._loaded:
             self._load(pl_module, self._loaded["observers"])
@@ -408,42 +406,32 @@ class QuantizationAwareTraining(_Base):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Also of a run that resumes in the middle of an epoch, for which Lightning skips the epoch's hook."""
-        self._enter(pl_module, self.schedule.phase(trainer.current_epoch))
+        self._enter(trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Move the phase."""
-        self._enter(pl_module, self.schedule.phase(trainer.current_epoch))
+        self._enter(trainer)
 
-    def _enter(self, pl_module: Any, phase: Phase) -> None:
-        self._phase = phase
-        run_quantized(pl_module, phase.quantize)
-        for graph in self._graphs(pl_module).values():
-            # weights are known in full: their range is always that of the weights as they are
-            set_observing(graph, activations=phase.observe, weights=phase.quantize)
-            if not phase.update_batch_norm:
-                self._frozen += freeze_batch_norm(graph)
+    def _enter(self, trainer: Any) -> None:
+        if self._phases is not None:
+            self._phases.enter(self.schedule.phase(trainer.current_epoch))
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Frozen batch norms stay frozen whoever called ``train()`` in between."""
-        if (attached := attached_to(pl_module)) is not None:
-            attached.follow()
-        if self._phase is not None and not self._phase.update_batch_norm:
-            for graph in self._graphs(pl_module).values():
-                self._frozen += freeze_batch_norm(graph)
+        if self._phases is not None:
+            self._phases.hold()
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Validation leaves observers untouched; before the first training batch (sanity check) it is float."""
         graphs = self._graphs(pl_module)
-        for graph in graphs.values():
-            set_observing(graph, activations=False, weights=False)
-        ready = bool(graphs) and all(is_initialised(graph) for graph in graphs.values())
-        quantize = self.schedule.phase(trainer.current_epoch).quantize
-        run_quantized(pl_module, ready and quantize)
+        if self._phases is not None:
+            ready = bool(graphs) and all(is_initialised(graph) for graph in graphs.values())
+            self._phases.pause(quantize=ready and self.schedule.phase(trainer.current_epoch).quantize)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Back to the phase of training."""
-        if self._phase is not None:
-            self._enter(pl_module, self._phase)
+        if self._phases is not None:
+            self._phases.enter(self._phases.phase)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """The module is on the CPU and unwrapped; the weights are those that it holds now."""
@@ -503,10 +491,9 @@ class QuantizationAwareTraining(_Base):
         self._take_off(pl_module)
 
     def _take_off(self, pl_module: Any) -> None:
-        for module in self._frozen:
-            module.train()
-        self._frozen = []
-        self._phase = None
+        if self._phases is not None:
+            self._phases.end()
+            self._phases = None
         if self._scales is not None:
             self._scales.end()
             self._scales = None

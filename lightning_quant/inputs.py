@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -249,10 +249,31 @@ def _is_batches(value: Any) -> bool:
 
 
 def peek(loader: Any) -> tuple[bool, Any]:
-    """``(found, first batch)`` of a loader, without workers, and without moving its generators.
+    """``(found, first batch)`` of a loader, without workers, and without moving its generators or its state.
 
     An iterator, or a dataset that is one, is left alone: what is taken from it would be missing in training.
     """
+    if isinstance(loader, _Stateful):
+        state = copy.deepcopy(loader.state_dict())
+        try:
+            return _peek(loader)
+        finally:
+            loader.load_state_dict(state)
+    return _peek(loader)
+
+
+@runtime_checkable
+class _Stateful(Protocol):
+    """A loader that knows where it is, so that Lightning resumes within an epoch (torchdata's, for example)."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it is."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+
+
+def _peek(loader: Any) -> tuple[bool, Any]:
     if not isinstance(loader, DataLoader):
         try:
             iterator = iter(loader)
@@ -260,9 +281,7 @@ def peek(loader: Any) -> tuple[bool, Any]:
             return False, None
         if iterator is loader:
             return False, None
-        for batch in iterator:
-            return True, batch
-        return False, None
+        return next(((True, batch) for batch in iterator), (False, None))
     put_back = [_remember(generator) for generator in _generators(loader)]
     try:
         if isinstance(loader.dataset, IterableDataset):
