@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,17 +21,24 @@ from lightning_quant.config import ExportConfig, Method, QuantConfig, check_meth
 from lightning_quant.errors import CalibrationError, ConfigError
 from lightning_quant.evaluate import ValidationData, copy_of, evaluate, validation_data
 from lightning_quant.exporters import check_writable
+from lightning_quant.from_checkpoint import (
+    CHECKPOINT_KEY,
+    check_quantized,
+    example_of,
+    how_to_export,
+    load_observers,
+    nothing_is_lost,
+    settings,
+    trained_graphs,
+)
 from lightning_quant.inputs import Sample, has_validation, isolated_rng, sample, validation_data_of_test
-from lightning_quant.phases import FLOAT, Phase, Phases, Schedule, load_observer_state, observer_state
+from lightning_quant.phases import FLOAT, Phase, Phases, Schedule, observer_state
 from lightning_quant.pipeline import Graphs, calibrate, capture, convert_module, deliver, prepare_graphs
 from lightning_quant.placement import ToGraph, divert, restore
 from lightning_quant.report import QuantReport
 from lightning_quant.scale_training import ScaleTraining, train_scales
 
 log = logging.getLogger(__name__)
-
-#: Where a checkpoint keeps observers, beside ``state_dict``.
-CHECKPOINT_KEY = "lightning_quant"
 
 
 def _check_trainer(trainer: Any, *, trains_quantized: bool) -> None:
@@ -247,7 +255,9 @@ class PostTrainingQuantization(_Base):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """The module is on the CPU and unwrapped, and the val dataloader is still there."""
-        self._quantize(trainer, pl_module)
+        again = "Write the files again with trainer.validate(...) and this callback."
+        with nothing_is_lost(lambda: again):
+            self._quantize(trainer, pl_module)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """After ``validate``, out of its inference mode; after every stage, take off what was put on."""
@@ -326,6 +336,7 @@ class QuantizationAwareTraining(_Base):
             freeze_batch_norm_epoch=freeze_batch_norm_epoch,
         )
         self._phases: Phases | None = None
+        self._example: dict[str, Any] | None = None
         self._before: dict[str, torch.Tensor] = {}
         self._kept: tuple[weakref.ref[Any], dict[str, Any]] | None = None
         self._scales: ScaleTraining | None = None
@@ -353,11 +364,10 @@ class QuantizationAwareTraining(_Base):
     def _prepare(self, trainer: Any, pl_module: Any) -> None:
         if attached_to(pl_module) is not None:
             return
-        _, captured = self._capture(trainer, pl_module)
+        taken, captured = self._capture(trainer, pl_module)
         with isolated_rng(), torch.device("cpu"):
             attach(pl_module, prepare_graphs(pl_module, captured, self.config, self.method))
-        if self._kept is not None and self._kept[0]() is pl_module:
-            self._load(pl_module, self._kept[1]["observers"])
+            self._example = example_of(pl_module, taken)
 
     def _graphs(self, pl_module: Any) -> Graphs:
         attached = attached_to(pl_module)
@@ -369,7 +379,10 @@ class QuantizationAwareTraining(_Base):
 
     def _state(self, pl_module: Any) -> dict[str, Any]:
         state: dict[str, Any] = {
-            "observers": {name: observer_state(graph) for name, graph in self._graphs(pl_module).items()}
+            "observers": {name: observer_state(graph) for name, graph in self._graphs(pl_module).items()},
+            "phase": asdict(self.phase),
+            "example": self._example,
+            **settings(self.config, self.export),
         }
         if self._scales is not None and (kept := self._scales.state()):
             state["optimizer_states"] = kept
@@ -379,24 +392,17 @@ class QuantizationAwareTraining(_Base):
         if attached_to(pl_module) is not None:
             self._kept = (weakref.ref(pl_module), self._state(pl_module))
 
-    def _load(self, pl_module: Any, observers: dict[str, dict[str, torch.Tensor]]) -> None:
-        graphs = self._graphs(pl_module)
-        if graphs.keys() != observers.keys():
-            raise ConfigError(
-                f"the checkpoint was quantized in {sorted(observers)}, this module is in {sorted(graphs)}. Use the "
-                "QuantConfig (targets, skip) that it was trained with."
-            )
-        for name, graph in graphs.items():
-            load_observer_state(graph, observers[name])
-
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """The weights are restored and on their device; optimizers are made, and their states not yet restored."""
         relink(pl_module)
         self._phases = Phases(pl_module)
         self._scales = train_scales(self._graphs(pl_module), trainer.optimizers)
         if self._loaded:
-            self._load(pl_module, self._loaded["observers"])
+            load_observers(self._graphs(pl_module), self._loaded["observers"])
             self._scales.load_state(self._loaded.get("optimizer_states", {}))
+        elif self._loaded is None and self._kept is not None and self._kept[0]() is pl_module:
+            # the module goes on from where the last run left it; with a float checkpoint, observers start fresh
+            load_observers(self._graphs(pl_module), self._kept[1]["observers"])
         self._before = {name: x.detach().cpu().clone() for name, x in pl_module.state_dict().items()}
         if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= self.schedule.start_epoch:
             log.warning(
@@ -435,9 +441,13 @@ class QuantizationAwareTraining(_Base):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """The module is on the CPU and unwrapped; the weights are those that it holds now."""
-        graphs = self._graphs(pl_module)
         self._keep(pl_module)
         relink(pl_module)
+        with nothing_is_lost(lambda: how_to_export(trainer, pl_module)):
+            self._convert(trainer, pl_module)
+
+    def _convert(self, trainer: Any, pl_module: Any) -> None:
+        graphs = self._graphs(pl_module)
         seen = {name: graph for name, graph in graphs.items() if is_initialised(graph)}
         if not seen:
             log.warning("quantization never began: no training batch ran with fake quantize. There is no int8 model.")
@@ -458,18 +468,12 @@ class QuantizationAwareTraining(_Base):
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
         """Run the int8 model; with ``ckpt_path``, that of the checkpoint's weights and observers."""
         if self._loaded is not None:
-            if not self._loaded:
-                raise ConfigError(
-                    "test(ckpt_path=...): this checkpoint has no observers: it was saved without "
-                    "QuantizationAwareTraining. Test it without the callback, or give PostTrainingQuantization."
-                )
+            label = "test(ckpt_path=...): this checkpoint"
+            check_quantized(self._loaded, label)
             log.info("test: the checkpoint's weights and observers are converted to int8 afresh.")
             captured = self._captured or self._capture(trainer, pl_module)[1]
             with isolated_rng():
-                twin = copy_of(pl_module)
-                graphs = prepare_graphs(twin, captured, self.config, self.method)
-                attach(twin, graphs)
-                self._load(twin, self._loaded["observers"])
+                graphs = trained_graphs(pl_module, captured, self.config, self._loaded, label)
                 self._converted = convert_module(pl_module, graphs).converted
         if self._converted is None:
             return self._no_int8_yet()

@@ -92,6 +92,36 @@ def sample(trainer: Any, module: Any, *, needs_validation: bool = False, trains_
     )
 
 
+def sample_without_trainer(module: Any, data: ValidationData | None, example: Call | None) -> Sample:
+    """Record one batch of a module that no Trainer holds.
+
+    Args:
+        module: A LightningModule. Not changed: a copy runs.
+        data: Its first batch goes through ``validation_step``.
+        example: A call of ``forward`` on real data, for where there is none; else ``example_input_array`` is taken.
+
+    Raises:
+        CaptureError: There is no input, or the step raises.
+    """
+    with isolated_rng():
+        if data is not None:
+            found, batches = _first(data.loaders, _OneBatch)
+            if found:
+                first = replace(data, loaders=batches, limit_batches=1)
+                return Sample(
+                    _record(module, "validation_step", lambda twin: evaluate(twin, first)), "validation_step", first
+                )
+        array = getattr(module, "example_input_array", None)
+        call = example if array is None or example is not None else _call_of(array)
+        if call is not None:
+            recordings = _record(module, "forward", lambda twin: twin(*call.args, **call.keywords))
+            return Sample(recordings, "example_input_array" if example is None else "checkpoint", None)
+    raise CaptureError(
+        f"no input was found to trace {type(module).__name__} with: there is no validation data, the module has no "
+        "example_input_array, and the checkpoint has no input of its forward. Give a datamodule with a val dataloader."
+    )
+
+
 def _with_training(trainer: Any, module: Any, recordings: dict[str, Recording]) -> dict[str, Recording]:
     """The recordings, with the ways in which ``training_step`` calls the same submodules, where it can be run alone."""
     found, batch = _first_of(trainer.fit_loop._data_source, sequential=False)

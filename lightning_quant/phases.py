@@ -1,13 +1,13 @@
 """The phases of quantization-aware training, and the state that they put a prepared graph into.
 
 float -> fake quantize with observers -> observers frozen, and independently batch norm frozen. A :class:`Schedule` says
-which phase an epoch has, :class:`Phases` puts a module into any of them, and :func:`observer_state` is what a checkpoint
-keeps.
+which phase an epoch has, :class:`Phases` puts a module into any of them, and :func:`observer_state` is what a
+checkpoint keeps.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -164,10 +164,6 @@ class Phases:
         for module in self._frozen.values():
             module.training = self.model.training
         self._frozen = {}
-
-    def state(self) -> dict[str, bool]:
-        """The phase as plain values."""
-        return asdict(self.phase)
 
 
 def observer_state(prepared: nn.Module) -> dict[str, torch.Tensor]:
