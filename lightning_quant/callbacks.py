@@ -349,17 +349,18 @@ class QuantizationAwareTraining(_Base):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Prepare after the layers exist, before the checkpoint is restored and the strategy wraps the module."""
         self._take_off(pl_module)
-        if stage == "test":
-            _check_trainer(trainer, trains_quantized=False)
-            self._watch_loading(pl_module)
+        self._watch_loading(pl_module)
         if stage != "fit":
+            # the module keeps the weights of that checkpoint: what is saved or trained next has its ranges as well
+            after_method(pl_module, "on_load_checkpoint", self._keep_loaded)
+            if stage == "test":
+                _check_trainer(trainer, trains_quantized=False)
             return
         _check_trainer(trainer, trains_quantized=True)
         if not trainer.fast_dev_run:
             check_writable(self.export.path)
         after_method(pl_module, "configure_model", lambda module: self._prepare(trainer, module))
         after_method(pl_module, "on_save_checkpoint", self._save)
-        self._watch_loading(pl_module)
 
     def _prepare(self, trainer: Any, pl_module: Any) -> None:
         if attached_to(pl_module) is not None:
@@ -387,6 +388,10 @@ class QuantizationAwareTraining(_Base):
         if self._scales is not None and (kept := self._scales.state()):
             state["optimizer_states"] = kept
         return state
+
+    def _keep_loaded(self, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint.get(CHECKPOINT_KEY)
+        self._kept = (weakref.ref(pl_module), state) if state else None
 
     def _keep(self, pl_module: Any) -> None:
         if attached_to(pl_module) is not None:
@@ -484,6 +489,18 @@ class QuantizationAwareTraining(_Base):
         """Leave a float module, with the weights that it has."""
         self._keep(pl_module)
         self._take_off(pl_module)
+        if self._kept is None or self._kept[0]() is not pl_module:
+            return
+        state = self._kept[1]
+
+        def end(strategy: Any, _: BaseException) -> None:
+            unbind(pl_module)
+            unbind(strategy)
+
+        # a ModelCheckpoint that saves on exceptions is called after this one; with save_weights_only it asks the
+        # module alone. The strategy comes after all callbacks
+        after_method(pl_module, "on_save_checkpoint", lambda _, checkpoint: _write_state(checkpoint, state))
+        after_method(trainer.strategy, "on_exception", end)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """After the run, the module's own hook is off: checkpoints still get the observers that it ended with."""

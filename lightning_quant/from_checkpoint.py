@@ -284,19 +284,35 @@ def _check_class(value: Any, name: str, of: str) -> None:
 def _loaded(module: Any, path: Path) -> Any:
     try:
         return module.load_from_checkpoint(path, map_location="cpu", weights_only=True)
-    except RuntimeError:  # keys that do not fit: layers that setup builds are not there yet
+    except RuntimeError as error:
+        if not _does_not_fit(error):
+            raise
+    # keys that are missing: layers that setup builds are not there yet
+    try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found keys that are")
             restored = module.load_from_checkpoint(path, map_location="cpu", strict=False, weights_only=True)
-        restored.setup("fit")
-        return restored
+    except RuntimeError as error:
+        if not _does_not_fit(error):
+            raise
+        raise _another_module(path, error) from error
+    restored.setup("fit")
+    return restored
+
+
+def _does_not_fit(error: RuntimeError) -> bool:
+    return "Error(s) in loading state_dict" in str(error)  # of torch's load_state_dict
+
+
+def _another_module(path: Path, error: RuntimeError) -> ConfigError:
+    return ConfigError(f"{path}: the weights are those of another module: {error}")
 
 
 def _with_weights(module: Any, path: Path, whole: dict[str, Any]) -> Any:
     try:
         module.load_state_dict(whole["state_dict"], strict=module.strict_loading)
     except RuntimeError as error:
-        raise ConfigError(f"{path}: the weights are those of another module: {error}") from error
+        raise _another_module(path, error) from error
     return module.cpu()
 
 
