@@ -142,17 +142,16 @@ def test_the_files_of_the_training_are_written_again(made_by: Any, data: Any) ->
 
 
 @pytest.mark.parametrize(
-    ("config", "native"),
+    ("config", "native", "weights_only"),
     [
-        (QuantConfig(backend="eager", skip=("net.0",)), "torchscript"),
-        (QuantConfig(backend="pt2e"), "pt2"),
-        (QuantConfig(activation=LEARNED, weight=LEARNED), "torchscript"),
+        (QuantConfig(backend="eager", skip=("net.0",)), "torchscript", False),
+        (QuantConfig(backend="pt2e"), "pt2", False),
+        (QuantConfig(activation=LEARNED, weight=LEARNED), "torchscript", True),
         (QuantConfig(layers=(LayerConfig(name="net.6", weight=TensorSpec(qscheme="per_tensor_symmetric")),)),
-         "torchscript"),
+         "torchscript", True),
     ],
-    ids=["eager", "pt2e", "learned", "layers"],
+    ids=["eager", "pt2e", "learned, save_weights_only", "layers, save_weights_only"],
 )  # fmt: skip
-@pytest.mark.parametrize("weights_only", [False, True], ids=["full", "save_weights_only"])
 def test_with_the_settings_of_the_training(config: QuantConfig, native: Any, weights_only: bool) -> None:
     export = ExportConfig(formats=(native, "onnx"))
     callback = QuantizationAwareTraining(config, export=export)
@@ -274,8 +273,8 @@ def test_a_module_with_arguments_that_are_not_stored() -> None:
         export_checkpoint(path, Net, directory="again")
     assert re.fullmatch(
         r"Net cannot be made from ckpt/last\.ckpt: .*'width'\. The checkpoint has the arguments of a module that calls "
-        r"self\.save_hyperparameters\(\) in its __init__\. For another one call lightning_quant\.export_checkpoint with "
-        r"a module that you have made\.",
+        r"self\.save_hyperparameters\(\) in its __init__\. For another one call lightning_quant\.export_checkpoint "
+        r"with a module that you have made\.",
         str(raised.value),
     )
 
@@ -311,7 +310,7 @@ def test_a_checkpoint_from_before_quantization_is_refused() -> None:
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    path, callback = trained(WithHyperparameters(width=6))
+    path, _ = trained(WithHyperparameters(width=6))
     shutil.rmtree("quantized")
     arguments = ["export", str(path), "--model", "modules.WithHyperparameters", "--data", "modules.Digits"]
     assert main([*arguments, "--directory=out", "--formats=[torchscript,onnx]"]) == 0
@@ -363,8 +362,8 @@ def fails(error: Any, text: str, *others: Any, directory: str = "quantized", for
     """``(message, module)`` of a training whose end fails, and whose result is as if it had not."""
     expected = WithHyperparameters.load_from_checkpoint(undisturbed(), weights_only=True)
     torch.manual_seed(11)
-    model, callback = WithHyperparameters(), QuantizationAwareTraining(export=ExportConfig(directory=directory,
-                                                                                           formats=formats))  # fmt: skip
+    model = WithHyperparameters()
+    callback = QuantizationAwareTraining(export=ExportConfig(directory=directory, formats=formats))
     torch.manual_seed(12)
     keep = ModelCheckpoint("ckpt", filename="last")
     with pytest.raises(error, match=text) as raised:
@@ -455,9 +454,10 @@ def test_without_a_checkpoint_the_error_says_how_to_save_one(monkeypatch: pytest
     model, callback = WithHyperparameters(), qat()
     torch.manual_seed(12)
     runner = trainer(callback)
-    with monkeypatch.context() as patched, pytest.raises(ExportError) as raised:
+    with monkeypatch.context() as patched:
         patched.setattr("lightning_quant.callbacks.convert_module", lambda *_: 1 / 0)
-        runner.fit(model, Digits(shuffle=False))
+        with pytest.raises(ExportError) as raised:
+            runner.fit(model, Digits(shuffle=False))
     assert str(raised.value) == (
         "the int8 model could not be made: ZeroDivisionError: division by zero. The training is not lost: the module "
         "has the trained weights. Save a checkpoint with trainer.save_checkpoint('trained.ckpt'). Write the files "
@@ -474,8 +474,9 @@ def test_after_a_calibration_the_error_says_how_to_calibrate_again(monkeypatch: 
     callback, model = ptq(), WithHyperparameters()
     runner = trainer(callback)
     text = r"Write the files again with trainer\.validate\(\.\.\.\) and this callback\."
-    with monkeypatch.context() as patched, pytest.raises(ExportError, match=text):
+    with monkeypatch.context() as patched:
         patched.setattr("lightning_quant.callbacks.convert_module", lambda *_: 1 / 0)
-        runner.fit(model, Digits())
+        with pytest.raises(ExportError, match=text):
+            runner.fit(model, Digits())
     runner.validate(model, Digits())
     assert callback.report.metrics_float == merged(trainer().validate(model, Digits()))
