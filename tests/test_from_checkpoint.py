@@ -413,7 +413,8 @@ def test_no_space_left(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
         "replace": "os.replace", "mkdtemp": "tempfile.mkdtemp", "write_text": "pathlib.Path.write_text",
         "onnx.save": "onnx.save",
     }[place]  # fmt: skip
-    formats = ("torchscript", "onnx") if place == "onnx.save" else ("torchscript",)
+    # a format that nobody named is left out where it cannot be, but not for this reason
+    formats = None if place == "onnx.save" else ("torchscript",)
     with monkeypatch.context() as patched:
         message, _ = fails(
             ExportError, "No space left on device", _Break(lambda: patched.setattr(where, full)), formats=formats

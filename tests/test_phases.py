@@ -244,6 +244,15 @@ def test_nothing_moves_in_a_pause() -> None:
     assert found(model) == Phase(quantize=False, observe=False, update_batch_norm=False)
 
 
+def test_a_phase_is_held_without_growing() -> None:
+    _, phases = machine()
+    phases.enter(Phase(quantize=True, observe=True, update_batch_norm=False))
+    for _ in range(5):
+        phases.model.train()
+        phases.hold()
+    assert len(phases._frozen) == 1
+
+
 EPOCHS, STEPS = 5, 2
 
 
