@@ -216,7 +216,7 @@ def latest(folder: Path) -> Path | None:
 def run(job: Job, folder: Path, resume: Path | None = None, timeout_s: float = 120) -> int:
     """Train in a process that has imported everything and run nothing. Returns its exit code."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytorch_lightning", "torchao", "lightning_quant", "sklearn.datasets"])
+    context.set_forkserver_preload([pl.__name__, "torchao", "lightning_quant", "sklearn.datasets"])
     process = context.Process(target=_quietly, args=(asdict(job), folder, resume))
     process.start()
     process.join(timeout_s)
