@@ -15,6 +15,7 @@ from lightning_quant.errors import (
     QuantizationError,
 )
 from lightning_quant.exporters import export
+from lightning_quant.from_checkpoint import export_checkpoint
 from lightning_quant.report import FormatReport, QuantReport
 from lightning_quant.runtime import load
 
@@ -40,6 +41,7 @@ __all__ = [
     "convert",
     "coverage",
     "export",
+    "export_checkpoint",
     "load",
     "prepare",
 ]

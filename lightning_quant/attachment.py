@@ -137,14 +137,14 @@ def detach(model: nn.Module) -> None:
 _BOUND = "_lightning_quant_bound"
 
 
-def after_method(module: nn.Module, name: str, then: Callable[..., None]) -> None:
+def after_method(module: Any, name: str, then: Callable[..., object]) -> None:
     """After each call of ``module.<name>``, call ``then`` with the module and the arguments. :func:`unbind` ends it.
 
     The method is bound to the instance, so that a deepcopy of ``module`` calls its own.
     """
     before = module.__dict__.get(name)
 
-    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = before(*args, **kwargs) if before else getattr(type(self), name)(self, *args, **kwargs)
         then(self, *args, **kwargs)
         return result
@@ -153,7 +153,7 @@ def after_method(module: nn.Module, name: str, then: Callable[..., None]) -> Non
     module.__dict__[name] = MethodType(method, module)
 
 
-def unbind(module: nn.Module) -> None:
+def unbind(module: Any) -> None:
     """Take off every method that :func:`after_method` bound."""
     for name, before in module.__dict__.pop(_BOUND, {}).items():
         del module.__dict__[name]

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 import weakref
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from lightning_quant._roots import Callback
-from lightning_quant.attachment import after_method, attach, attached_to, detach, relink, run_quantized, unbind
+from lightning_quant.attachment import after_method, attach, attached_to, detach, relink, unbind
 from lightning_quant.backends import check_classes
 from lightning_quant.backends.graph import info, is_initialised
 from lightning_quant.capture import Capture
@@ -20,24 +21,24 @@ from lightning_quant.config import ExportConfig, Method, QuantConfig, check_meth
 from lightning_quant.errors import CalibrationError, ConfigError
 from lightning_quant.evaluate import ValidationData, copy_of, evaluate, validation_data
 from lightning_quant.exporters import check_writable
-from lightning_quant.inputs import Sample, has_validation, isolated_rng, sample, validation_data_of_test
-from lightning_quant.phases import (
-    Phase,
-    Schedule,
-    freeze_batch_norm,
-    load_observer_state,
-    observer_state,
-    set_observing,
+from lightning_quant.from_checkpoint import (
+    CHECKPOINT_KEY,
+    check_quantized,
+    example_of,
+    how_to_export,
+    load_observers,
+    nothing_is_lost,
+    settings,
+    trained_graphs,
 )
+from lightning_quant.inputs import Sample, has_validation, isolated_rng, sample, validation_data_of_test
+from lightning_quant.phases import FLOAT, Phase, Phases, Schedule, observer_state
 from lightning_quant.pipeline import Graphs, calibrate, capture, convert_module, deliver, prepare_graphs
 from lightning_quant.placement import ToGraph, divert, restore
 from lightning_quant.report import QuantReport
 from lightning_quant.scale_training import ScaleTraining, train_scales
 
 log = logging.getLogger(__name__)
-
-#: Where a checkpoint keeps observers, beside ``state_dict``.
-CHECKPOINT_KEY = "lightning_quant"
 
 
 def _check_trainer(trainer: Any, *, trains_quantized: bool) -> None:
@@ -254,7 +255,9 @@ class PostTrainingQuantization(_Base):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """The module is on the CPU and unwrapped, and the val dataloader is still there."""
-        self._quantize(trainer, pl_module)
+        again = "Write the files again with trainer.validate(...) and this callback."
+        with nothing_is_lost(lambda: again):
+            self._quantize(trainer, pl_module)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """After ``validate``, out of its inference mode; after every stage, take off what was put on."""
@@ -332,35 +335,40 @@ class QuantizationAwareTraining(_Base):
             freeze_observers_epoch=freeze_observers_epoch,
             freeze_batch_norm_epoch=freeze_batch_norm_epoch,
         )
-        self._phase: Phase | None = None
+        self._phases: Phases | None = None
+        self._example: dict[str, Any] | None = None
         self._before: dict[str, torch.Tensor] = {}
-        self._frozen: list[torch.nn.Module] = []
         self._kept: tuple[weakref.ref[Any], dict[str, Any]] | None = None
         self._scales: ScaleTraining | None = None
+
+    @property
+    def phase(self) -> Phase:
+        """What happens to the model now; outside of ``fit`` it is float."""
+        return FLOAT if self._phases is None else self._phases.phase
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Prepare after the layers exist, before the checkpoint is restored and the strategy wraps the module."""
         self._take_off(pl_module)
-        if stage == "test":
-            _check_trainer(trainer, trains_quantized=False)
-            self._watch_loading(pl_module)
+        self._watch_loading(pl_module)
         if stage != "fit":
+            # the module keeps the weights of that checkpoint: what is saved or trained next has its ranges as well
+            after_method(pl_module, "on_load_checkpoint", self._keep_loaded)
+            if stage == "test":
+                _check_trainer(trainer, trains_quantized=False)
             return
         _check_trainer(trainer, trains_quantized=True)
         if not trainer.fast_dev_run:
             check_writable(self.export.path)
         after_method(pl_module, "configure_model", lambda module: self._prepare(trainer, module))
         after_method(pl_module, "on_save_checkpoint", self._save)
-        self._watch_loading(pl_module)
 
     def _prepare(self, trainer: Any, pl_module: Any) -> None:
         if attached_to(pl_module) is not None:
             return
-        _, captured = self._capture(trainer, pl_module)
+        taken, captured = self._capture(trainer, pl_module)
         with isolated_rng(), torch.device("cpu"):
             attach(pl_module, prepare_graphs(pl_module, captured, self.config, self.method))
-        if self._kept is not None and self._kept[0]() is pl_module:
-            self._load(pl_module, self._kept[1]["observers"])
+            self._example = example_of(pl_module, taken)
 
     def _graphs(self, pl_module: Any) -> Graphs:
         attached = attached_to(pl_module)
@@ -372,33 +380,34 @@ class QuantizationAwareTraining(_Base):
 
     def _state(self, pl_module: Any) -> dict[str, Any]:
         state: dict[str, Any] = {
-            "observers": {name: observer_state(graph) for name, graph in self._graphs(pl_module).items()}
+            "observers": {name: observer_state(graph) for name, graph in self._graphs(pl_module).items()},
+            "phase": asdict(self.phase),
+            "example": self._example,
+            **settings(self.config, self.export),
         }
         if self._scales is not None and (kept := self._scales.state()):
             state["optimizer_states"] = kept
         return state
 
+    def _keep_loaded(self, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint.get(CHECKPOINT_KEY)
+        self._kept = (weakref.ref(pl_module), state) if state else None
+
     def _keep(self, pl_module: Any) -> None:
         if attached_to(pl_module) is not None:
             self._kept = (weakref.ref(pl_module), self._state(pl_module))
 
-    def _load(self, pl_module: Any, observers: dict[str, dict[str, torch.Tensor]]) -> None:
-        graphs = self._graphs(pl_module)
-        if graphs.keys() != observers.keys():
-            raise ConfigError(
-                f"the checkpoint was quantized in {sorted(observers)}, this module is in {sorted(graphs)}. Use the "
-                "QuantConfig (targets, skip) that it was trained with."
-            )
-        for name, graph in graphs.items():
-            load_observer_state(graph, observers[name])
-
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """The weights are restored and on their device; optimizers are made, and their states not yet restored."""
         relink(pl_module)
+        self._phases = Phases(pl_module)
         self._scales = train_scales(self._graphs(pl_module), trainer.optimizers)
         if self._loaded:
-            self._load(pl_module, self._loaded["observers"])
+            load_observers(self._graphs(pl_module), self._loaded["observers"])
             self._scales.load_state(self._loaded.get("optimizer_states", {}))
+        elif self._loaded is None and self._kept is not None and self._kept[0]() is pl_module:
+            # the module goes on from where the last run left it; with a float checkpoint, observers start fresh
+            load_observers(self._graphs(pl_module), self._kept[1]["observers"])
         self._before = {name: x.detach().cpu().clone() for name, x in pl_module.state_dict().items()}
         if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= self.schedule.start_epoch:
             log.warning(
@@ -408,48 +417,42 @@ class QuantizationAwareTraining(_Base):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Also of a run that resumes in the middle of an epoch, for which Lightning skips the epoch's hook."""
-        self._enter(pl_module, self.schedule.phase(trainer.current_epoch))
+        self._enter(trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Move the phase."""
-        self._enter(pl_module, self.schedule.phase(trainer.current_epoch))
+        self._enter(trainer)
 
-    def _enter(self, pl_module: Any, phase: Phase) -> None:
-        self._phase = phase
-        run_quantized(pl_module, phase.quantize)
-        for graph in self._graphs(pl_module).values():
-            # weights are known in full: their range is always that of the weights as they are
-            set_observing(graph, activations=phase.observe, weights=phase.quantize)
-            if not phase.update_batch_norm:
-                self._frozen += freeze_batch_norm(graph)
+    def _enter(self, trainer: Any) -> None:
+        if self._phases is not None:
+            self._phases.enter(self.schedule.phase(trainer.current_epoch))
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Frozen batch norms stay frozen whoever called ``train()`` in between."""
-        if (attached := attached_to(pl_module)) is not None:
-            attached.follow()
-        if self._phase is not None and not self._phase.update_batch_norm:
-            for graph in self._graphs(pl_module).values():
-                self._frozen += freeze_batch_norm(graph)
+        if self._phases is not None:
+            self._phases.hold()
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Validation leaves observers untouched; before the first training batch (sanity check) it is float."""
         graphs = self._graphs(pl_module)
-        for graph in graphs.values():
-            set_observing(graph, activations=False, weights=False)
-        ready = bool(graphs) and all(is_initialised(graph) for graph in graphs.values())
-        quantize = self.schedule.phase(trainer.current_epoch).quantize
-        run_quantized(pl_module, ready and quantize)
+        if self._phases is not None:
+            ready = bool(graphs) and all(is_initialised(graph) for graph in graphs.values())
+            self._phases.pause(quantize=ready and self.schedule.phase(trainer.current_epoch).quantize)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Back to the phase of training."""
-        if self._phase is not None:
-            self._enter(pl_module, self._phase)
+        if self._phases is not None:
+            self._phases.enter(self._phases.phase)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """The module is on the CPU and unwrapped; the weights are those that it holds now."""
-        graphs = self._graphs(pl_module)
         self._keep(pl_module)
         relink(pl_module)
+        with nothing_is_lost(lambda: how_to_export(trainer, pl_module)):
+            self._convert(trainer, pl_module)
+
+    def _convert(self, trainer: Any, pl_module: Any) -> None:
+        graphs = self._graphs(pl_module)
         seen = {name: graph for name, graph in graphs.items() if is_initialised(graph)}
         if not seen:
             log.warning("quantization never began: no training batch ran with fake quantize. There is no int8 model.")
@@ -470,18 +473,12 @@ class QuantizationAwareTraining(_Base):
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
         """Run the int8 model; with ``ckpt_path``, that of the checkpoint's weights and observers."""
         if self._loaded is not None:
-            if not self._loaded:
-                raise ConfigError(
-                    "test(ckpt_path=...): this checkpoint has no observers: it was saved without "
-                    "QuantizationAwareTraining. Test it without the callback, or give PostTrainingQuantization."
-                )
+            label = "test(ckpt_path=...): this checkpoint"
+            check_quantized(self._loaded, label)
             log.info("test: the checkpoint's weights and observers are converted to int8 afresh.")
             captured = self._captured or self._capture(trainer, pl_module)[1]
             with isolated_rng():
-                twin = copy_of(pl_module)
-                graphs = prepare_graphs(twin, captured, self.config, self.method)
-                attach(twin, graphs)
-                self._load(twin, self._loaded["observers"])
+                graphs = trained_graphs(pl_module, captured, self.config, self._loaded, label)
                 self._converted = convert_module(pl_module, graphs).converted
         if self._converted is None:
             return self._no_int8_yet()
@@ -492,6 +489,18 @@ class QuantizationAwareTraining(_Base):
         """Leave a float module, with the weights that it has."""
         self._keep(pl_module)
         self._take_off(pl_module)
+        if self._kept is None or self._kept[0]() is not pl_module:
+            return
+        state = self._kept[1]
+
+        def end(strategy: Any, _: BaseException) -> None:
+            unbind(pl_module)
+            unbind(strategy)
+
+        # a ModelCheckpoint that saves on exceptions is called after this one; with save_weights_only it asks the
+        # module alone. The strategy comes after all callbacks
+        after_method(pl_module, "on_save_checkpoint", lambda _, checkpoint: _write_state(checkpoint, state))
+        after_method(trainer.strategy, "on_exception", end)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """After the run, the module's own hook is off: checkpoints still get the observers that it ended with."""
@@ -503,10 +512,9 @@ class QuantizationAwareTraining(_Base):
         self._take_off(pl_module)
 
     def _take_off(self, pl_module: Any) -> None:
-        for module in self._frozen:
-            module.train()
-        self._frozen = []
-        self._phase = None
+        if self._phases is not None:
+            self._phases.end()
+            self._phases = None
         if self._scales is not None:
             self._scales.end()
             self._scales = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as _json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -20,8 +21,10 @@ from lightning_quant.analysis.comparison import Comparison, read_data
 from lightning_quant.analysis.comparison import compare as _compare
 from lightning_quant.analysis.kernels import SHOWN, kernels
 from lightning_quant.config import LayerConfig, QuantConfig, TensorSpec
+from lightning_quant.custom import load_class
 from lightning_quant.errors import ArtifactError, MissingExtraError, QuantizationError
 from lightning_quant.formatting import shown_bytes, shown_db, shown_number, shown_shape, shown_threads
+from lightning_quant.from_checkpoint import export_checkpoint
 from lightning_quant.runtime import files_of, load, read_metadata
 
 
@@ -100,7 +103,40 @@ def compare(
         )
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"demo": demo, "inspect": inspect, "compare": compare}
+def export(
+    checkpoint: str,
+    *,
+    model: str,
+    data: str | None = None,
+    directory: str | None = None,
+    formats: list[str] | None = None,
+) -> None:
+    """Write the int8 files and the report of a quantization-aware training again, from its checkpoint alone.
+
+    Args:
+        checkpoint: Saved by a Trainer with QuantizationAwareTraining.
+        model: Import path of the LightningModule, e.g. my_package.MyModule.
+        data: Import path of a LightningDataModule, for metrics.
+        directory: Where the files go. Default: as in training.
+        formats: Which files, e.g. [torchscript,onnx]. Default: as in training.
+    """
+    if "" not in sys.path and os.getcwd() not in sys.path:  # as python -m does
+        sys.path.insert(0, os.getcwd())
+    export_checkpoint(
+        checkpoint,
+        load_class(model, f"--model {model}"),
+        datamodule=None if data is None else load_class(data, f"--data {data}"),
+        directory=directory,
+        formats=formats,
+    ).print()
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo,
+    "export": export,
+    "inspect": inspect,
+    "compare": compare,
+}
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -89,6 +89,36 @@ def sample(trainer: Any, module: Any, *, needs_validation: bool = False, trains_
         f"no input was found to trace {type(module).__name__} with: there is no validation or training batch "
         f"that can be "
         "looked at without consuming it. Set self.example_input_array in the LightningModule to an input of forward."
+    )
+
+
+def sample_without_trainer(module: Any, data: ValidationData | None, example: Call | None) -> Sample:
+    """Record one batch of a module that no Trainer holds.
+
+    Args:
+        module: A LightningModule. Not changed: a copy runs.
+        data: Its first batch goes through ``validation_step``.
+        example: A call of ``forward`` on real data, for where there is none; else ``example_input_array`` is taken.
+
+    Raises:
+        CaptureError: There is no input, or the step raises.
+    """
+    with isolated_rng():
+        if data is not None:
+            found, batches = _first(data.loaders, _OneBatch)
+            if found:
+                first = replace(data, loaders=batches, limit_batches=1)
+                return Sample(
+                    _record(module, "validation_step", lambda twin: evaluate(twin, first)), "validation_step", first
+                )
+        array = getattr(module, "example_input_array", None)
+        call = example if array is None or example is not None else _call_of(array)
+        if call is not None:
+            recordings = _record(module, "forward", lambda twin: twin(*call.args, **call.keywords))
+            return Sample(recordings, "example_input_array" if example is None else "checkpoint", None)
+    raise CaptureError(
+        f"no input was found to trace {type(module).__name__} with: there is no validation data, the module has no "
+        "example_input_array, and the checkpoint has no input of its forward. Give a datamodule with a val dataloader."
     )
 
 
@@ -249,10 +279,31 @@ def _is_batches(value: Any) -> bool:
 
 
 def peek(loader: Any) -> tuple[bool, Any]:
-    """``(found, first batch)`` of a loader, without workers, and without moving its generators.
+    """``(found, first batch)`` of a loader, without workers, and without moving its generators or its state.
 
     An iterator, or a dataset that is one, is left alone: what is taken from it would be missing in training.
     """
+    if isinstance(loader, _Stateful):
+        state = copy.deepcopy(loader.state_dict())
+        try:
+            return _peek(loader)
+        finally:
+            loader.load_state_dict(state)
+    return _peek(loader)
+
+
+@runtime_checkable
+class _Stateful(Protocol):
+    """A loader that knows where it is, so that Lightning resumes within an epoch (torchdata's, for example)."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it is."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+
+
+def _peek(loader: Any) -> tuple[bool, Any]:
     if not isinstance(loader, DataLoader):
         try:
             iterator = iter(loader)
@@ -260,9 +311,7 @@ def peek(loader: Any) -> tuple[bool, Any]:
             return False, None
         if iterator is loader:
             return False, None
-        for batch in iterator:
-            return True, batch
-        return False, None
+        return next(((True, batch) for batch in iterator), (False, None))
     put_back = [_remember(generator) for generator in _generators(loader)]
     try:
         if isinstance(loader.dataset, IterableDataset):

@@ -1,6 +1,8 @@
 """The phases of quantization-aware training, and the state that they put a prepared graph into.
 
-float -> fake quantize with observers -> observers frozen, and independently batch norm frozen.
+float -> fake quantize with observers -> observers frozen, and independently batch norm frozen. A :class:`Schedule` says
+which phase an epoch has, :class:`Phases` puts a module into any of them, and :func:`observer_state` is what a
+checkpoint keeps.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 
 from lightning_quant._torch_ao import is_fake_quantize
+from lightning_quant.attachment import attached_to, run_quantized
 from lightning_quant.backends.graph import observers, sees_weights
 from lightning_quant.errors import ConfigError
 
@@ -96,6 +99,71 @@ def freeze_batch_norm(prepared: nn.Module) -> list[nn.Module]:
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None and module.training:
             changed.append(module.eval())
     return changed
+
+
+class Phases:
+    """The phase of a module with attached graphs: set to any one, read back, and left without a trace.
+
+    What is set follows from the last call alone and not from what came before it, so that a training that was killed
+    goes on where it was: whoever resumes enters the phase of the epoch.
+
+    Args:
+        model: After :func:`lightning_quant.attachment.attach`.
+
+    Attributes:
+        phase: The one that was entered last; until then the model is float.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.phase = FLOAT
+        self._frozen: dict[int, nn.Module] = {}
+
+    def _graphs(self) -> list[nn.Module]:
+        attached = attached_to(self.model)
+        return list(attached.named().values()) if attached is not None else []
+
+    def enter(self, phase: Phase) -> None:
+        """Train in ``phase`` from the next batch on."""
+        self.phase = phase
+        run_quantized(self.model, phase.quantize)
+        for graph in self._graphs():
+            # weights are known in full: their range is always that of the weights as they are
+            set_observing(graph, activations=phase.observe, weights=phase.quantize)
+        self.hold()
+
+    def hold(self) -> None:
+        """Stay in the phase whoever called ``train()`` in between, which thaws batch norms."""
+        attached = attached_to(self.model)
+        if attached is None:
+            return
+        if self.phase.update_batch_norm:
+            self._thaw()
+        attached.follow()
+        if not self.phase.update_batch_norm:
+            for graph in self._graphs():
+                self._frozen.update({id(module): module for module in freeze_batch_norm(graph)})
+
+    def pause(self, *, quantize: bool) -> None:
+        """Nothing follows the data until :meth:`enter`: for validation.
+
+        Args:
+            quantize: Fake quantize runs.
+        """
+        for graph in self._graphs():
+            set_observing(graph, activations=False, weights=False)
+        run_quantized(self.model, quantize)
+
+    def end(self) -> None:
+        """Leave the model float, with its batch norms in the mode that they would have."""
+        self.phase = FLOAT
+        self._thaw()
+        run_quantized(self.model, False)
+
+    def _thaw(self) -> None:
+        for module in self._frozen.values():
+            module.training = self.model.training
+        self._frozen = {}
 
 
 def observer_state(prepared: nn.Module) -> dict[str, torch.Tensor]:

@@ -37,6 +37,7 @@ LAYERS = (
     ("phases", "ranks", "scale_training", "attachment", "exporters", "runtime", "analysis"),
     ("evaluate", "inputs", "tuning", "report"),
     ("pipeline",),
+    ("from_checkpoint",),
     ("callbacks",),
     ("demo",),
     ("cli",),
@@ -44,7 +45,7 @@ LAYERS = (
 )
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 
-KNOW_LIGHTNING = ("evaluate", "inputs", "tuning", "pipeline", "callbacks", "demo", "cli")
+KNOW_LIGHTNING = ("evaluate", "inputs", "tuning", "pipeline", "from_checkpoint", "callbacks", "demo", "cli")
 LIGHTNING = ("pytorch_lightning", "lightning", "lightning_fabric")
 # torch.quantization is the old name of torch.ao.quantization
 TORCH_AO = ("torch.ao", "torch.quantization", "torchao")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from killed import ResumableLoader
 from modules import (
     BATCH,
     RAW_MAX,
@@ -185,6 +186,22 @@ def test_nothing_is_taken_from_an_iterator(wrapped: bool) -> None:
 @pytest.mark.parametrize("empty", [[], DataLoader(rows(0, 0)), DataLoader(rows(0, 3), batch_size=4, drop_last=True)])
 def test_an_empty_loader_has_no_batch(empty: Any) -> None:
     assert peek(empty) == (False, None)
+
+
+@pytest.mark.parametrize("given", [0, 2])
+def test_a_loader_that_knows_where_it_is_stays_there(given: int) -> None:
+    """As torchdata's StatefulDataLoader: Lightning stores its state, to resume in the middle of an epoch."""
+    images, labels = rows(0, 96).tensors
+    looked_at, other = ResumableLoader(images, labels), ResumableLoader(images, labels)
+    for loader in (looked_at, other):
+        loader.load_state_dict({"given": given})
+    found, batch = peek(looked_at)
+    assert found
+    assert looked_at.state_dict() == {"given": given}
+    batches, others = list(looked_at), list(other)
+    assert len(batches) == len(others) == 6 - given
+    assert torch.equal(batch[0], others[0][0])
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(batches, others, strict=True))
 
 
 def test_isolated_rng_puts_every_state_back_whatever_happens() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import io
 import re
 from dataclasses import FrozenInstanceError
@@ -9,16 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import PROPERTY, Mlp, Residual
 from torch import nn
 
 from lightning_quant import ConfigError, QuantConfig, convert, prepare
+from lightning_quant.attachment import attach, attached_to
 from lightning_quant.backends.graph import is_initialised, observers
 from lightning_quant.phases import (
     FLOAT,
     Phase,
+    Phases,
     Schedule,
     freeze_batch_norm,
     load_observer_state,
@@ -151,6 +155,144 @@ def test_a_batch_norm_without_statistics_cannot_be_frozen() -> None:
     graph = prepared(model=model).train()
     freeze_batch_norm(graph)
     assert all(m.training for m in graph.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+# ---- the phases of a module
+
+
+@functools.cache
+def prepared_model() -> nn.Module:
+    model = nn.Module()
+    model.body = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+    attach(model, {"body": prepare(model.body, method="qat", example_inputs=ROWS)})
+    return model
+
+
+def machine() -> tuple[nn.Module, Phases]:
+    """A small module with attached graphs, in training mode, whose ranges are known."""
+    model = copy.deepcopy(prepared_model())
+    phases = Phases(model.train())
+    phases.enter(Phase(quantize=True, observe=True, update_batch_norm=True))
+    model.body(ROWS)
+    return model, phases
+
+
+ROWS = torch.linspace(-2, 2, 24).reshape(6, 4)
+
+
+def found(model: nn.Module) -> Phase:
+    """The phase of a module, by what a batch does to it. The batch is larger each time, so that ranges move."""
+    (graph,) = attached_to(model).named().values()
+    model.scale = 1.5 * getattr(model, "scale", 1.0)
+    data = model.scale * ROWS
+    before = observer_state(graph), model.body[1].running_mean.clone()
+    output = model.body(data)
+    own = nn.Sequential.forward(copy.deepcopy(model.body), data)
+    state = observer_state(graph)
+    moved = {name for name in state if not torch.equal(state[name], before[0][name])}
+    return Phase(
+        quantize=not torch.equal(output, own),
+        observe=any(name.endswith("max_val") and "weight_fake_quant" not in name for name in moved),
+        update_batch_norm=not torch.equal(model.body[1].running_mean, before[1]),
+    )
+
+
+def of_any(draw: st.DrawFn) -> Phase:
+    if draw(st.booleans()):
+        return FLOAT
+    return Phase(quantize=True, observe=draw(st.booleans()), update_batch_norm=draw(st.booleans()))
+
+
+any_phase = st.composite(of_any)()
+#: What can happen between two batches. Somebody's ``train()`` thaws batch norms.
+events = st.sampled_from(["train()", "validation", "batch"]) | any_phase
+
+
+@PROPERTY
+@given(st.lists(events, max_size=8), any_phase)
+def test_a_module_is_in_the_phase_that_it_was_put_into(before: list[Any], phase: Phase) -> None:
+    """Whatever was before: a phase is set in full. And it is left without a trace."""
+    model, phases = machine()
+    for event in before:
+        if isinstance(event, Phase):
+            phases.enter(event)
+        elif event == "validation":
+            phases.pause(quantize=phases.phase.quantize)
+            model.eval()
+            model.body(ROWS)
+            model.train()
+            phases.enter(phases.phase)
+        elif event == "train()":
+            model.train()
+        phases.hold()
+        if event == "batch":
+            assert found(model) == phases.phase
+    phases.enter(phase)
+    assert phases.phase == phase
+    assert found(model) == phase
+    phases.end()
+    assert phases.phase == FLOAT
+    assert found(model) == FLOAT
+    assert all(module.training for module in model.body.modules())
+
+
+def test_nothing_moves_in_a_pause() -> None:
+    model, phases = machine()
+    phases.pause(quantize=True)
+    assert found(model.eval()) == Phase(quantize=True, observe=False, update_batch_norm=False)
+    phases.pause(quantize=False)
+    assert found(model) == Phase(quantize=False, observe=False, update_batch_norm=False)
+
+
+def test_a_phase_is_held_without_growing() -> None:
+    _, phases = machine()
+    phases.enter(Phase(quantize=True, observe=True, update_batch_norm=False))
+    for _ in range(5):
+        phases.model.train()
+        phases.hold()
+    assert len(phases._frozen) == 1
+
+
+EPOCHS, STEPS = 5, 2
+
+
+def trained_phases(schedule: Schedule, phases: Phases, first: tuple[int, int], last: tuple[int, int]) -> list[Any]:
+    """What batches from ``first`` to before ``last``, as ``(epoch, batch)``, are trained in, as hooks are called.
+
+    ``on_train_epoch_start`` is not called for an epoch in whose middle a run begins.
+    """
+    seen = []
+    phases.enter(schedule.phase(first[0]))  # on_train_start
+    for epoch in range(first[0], EPOCHS):
+        if epoch > first[0] or first[1] == 0:
+            phases.enter(schedule.phase(epoch))
+        for batch in range(first[1] if epoch == first[0] else 0, STEPS):
+            if (epoch, batch) == last:
+                return seen
+            phases.hold()
+            seen.append(((epoch, batch), phases.phase, found(phases.model)))
+        phases.pause(quantize=phases.phase.quantize)
+        phases.enter(phases.phase)
+    return seen
+
+
+@settings(PROPERTY, max_examples=25)
+@given(
+    schedules(),
+    st.tuples(st.integers(0, EPOCHS - 1), st.integers(0, STEPS - 1)),
+    st.tuples(st.integers(0, EPOCHS - 1), st.integers(0, STEPS - 1)),
+)
+def test_any_kill_point_resumes_to_the_same_place(
+    schedule: Schedule, killed: tuple[int, int], saved: tuple[int, int]
+) -> None:
+    """Killed before one batch, resumed in another process before the same or an earlier one."""
+    saved = min(saved, killed)
+    whole = trained_phases(schedule, machine()[1], (0, 0), (EPOCHS, 0))
+    assert all(phase == really == schedule.phase(epoch) for (epoch, _), phase, really in whole)
+    died = trained_phases(schedule, machine()[1], (0, 0), killed)
+    resumed = trained_phases(schedule, machine()[1], saved, (EPOCHS, 0))
+    kept = [entry for entry in died if entry[0] < saved]
+    assert kept + resumed == whole
 
 
 # ---- the state of observers

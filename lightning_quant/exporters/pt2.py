@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 from pathlib import Path
@@ -22,6 +23,9 @@ def export(program: torch.export.ExportedProgram, path: Path, metadata: dict[str
         path: Where to.
         metadata: JSON values, stored inside the file.
     """
+    # by way of the memory: where the disk is full, torch's own writer ends the process
+    buffer = io.BytesIO()
     with quiet(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="torch.export")
-        torch.export.save(program, path, extra_files={METADATA_FILE: json.dumps(metadata)})
+        torch.export.save(program, buffer, extra_files={METADATA_FILE: json.dumps(metadata)})
+    path.write_bytes(buffer.getbuffer())

@@ -56,6 +56,9 @@ def export(module: nn.Module, inputs: tuple[Any, ...], path: Path, metadata: dic
         path: Where to.
         metadata: JSON values, stored inside the file.
     """
+    # by way of the memory: where the disk is full, torch's own writer ends the process
+    buffer = io.BytesIO()
     with quiet():
-        torch.jit.save(freeze(module, inputs), str(path), _extra_files={METADATA_FILE: json.dumps(metadata)})
+        torch.jit.save(freeze(module, inputs), buffer, _extra_files={METADATA_FILE: json.dumps(metadata)})
+    path.write_bytes(buffer.getbuffer())
     return path

@@ -221,6 +221,8 @@ class _Writer:
             raise
         except QuantizationError as error:
             raise FormatError(str(error)) from error
+        except OSError as error:  # a disk that is full, a folder that is gone: no reason to leave a format out
+            raise ExportError(f"{label} failed: {error}. Look at the folder, or choose another one.") from error
         except Exception as error:
             raise FormatError(
                 f"{label} failed: {type(error).__name__}: {error}. Leave the format out with "
