@@ -13,6 +13,7 @@ from lightning_quant.errors import (
     ExportError,
     MissingExtraError,
     QuantizationError,
+    RankError,
 )
 from lightning_quant.exporters import export
 from lightning_quant.report import FormatReport, QuantReport
@@ -36,6 +37,7 @@ __all__ = [
     "QuantReport",
     "QuantizationAwareTraining",
     "QuantizationError",
+    "RankError",
     "TensorSpec",
     "convert",
     "coverage",
