@@ -13,6 +13,7 @@ from lightning_quant.errors import (
     ExportError,
     MissingExtraError,
     QuantizationError,
+    RankError,
 )
 from lightning_quant.exporters import export
 from lightning_quant.from_checkpoint import export_checkpoint
@@ -37,6 +38,7 @@ __all__ = [
     "QuantReport",
     "QuantizationAwareTraining",
     "QuantizationError",
+    "RankError",
     "TensorSpec",
     "convert",
     "coverage",

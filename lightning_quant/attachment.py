@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from lightning_quant.backends.graph import followers, info, link, own_modules
+from lightning_quant.backends.graph import followers, info, link, observers, own_modules
 from lightning_quant.placement import ToGraph, divert, is_compiled, restore, uncompile
 
 CHILD = "_lightning_quant"
@@ -31,14 +33,18 @@ class Attached(nn.Module):
         super().__init__()
         self.names = tuple(graphs)
         self.graphs = nn.ModuleList(graphs.values())
+        self.look_at(model)
+        self.register_load_state_dict_post_hook(_expect_nothing)
+
+    def look_at(self, model: nn.Module) -> None:
+        """Find which modules the graphs have for themselves, and which follow one of ``model``."""
         # beside the registered children, so that a deepcopy of the model has its own
         self.__dict__["own"] = [
-            module for name, graph in graphs.items() for module in own_modules(graph, model.get_submodule(name))
+            module for name, graph in self.named().items() for module in own_modules(graph, model.get_submodule(name))
         ]
         self.__dict__["followers"] = [
-            pair for name, graph in graphs.items() for pair in followers(graph, model.get_submodule(name))
+            pair for name, graph in self.named().items() for pair in followers(graph, model.get_submodule(name))
         ]
-        self.register_load_state_dict_post_hook(_expect_nothing)
 
     def named(self) -> dict[str, nn.Module]:
         """Target name -> graph."""
@@ -96,17 +102,53 @@ def attach(model: nn.Module, graphs: dict[str, nn.Module]) -> Attached:
 
 
 def relink(model: nn.Module) -> None:
-    """Link again after the model moved to another device, which gives buffers new tensors."""
+    """Link again after the model moved to another device, or got other batch norms (``sync_batchnorm``)."""
     attached = attached_to(model)
     if attached is not None:
         for name, graph in attached.named().items():
             link(graph, model.get_submodule(name))
+        attached.look_at(model)
 
 
 def attached_to(model: nn.Module) -> Attached | None:
     """What :func:`attach` put on ``model``, or None."""
     found = model._modules.get(CHILD)
     return found if isinstance(found, Attached) else None
+
+
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
+_IGNORED_BEFORE = "ignored_before"
+
+
+def keep_from_broadcast(model: nn.Module) -> None:
+    """Let a ``DistributedDataParallel`` that wraps ``model`` leave observers and learned scales to this package.
+
+    It would give the ranges of rank 0 to all, and wait for gradients of scales that have none yet. Buffers of the
+    model, those of batch norms among them, are broadcast as before. :func:`detach` ends it.
+    """
+    attached = attached_to(model)
+    if attached is None:
+        return
+    ours = {
+        id(buffer) for graph in attached.graphs for module in observers(graph).values() for buffer in module.buffers()
+    }
+    names = [name for name, _ in model.named_parameters() if name.startswith(f"{CHILD}.")]
+    names += [name for name, buffer in model.named_buffers() if id(buffer) in ours]
+    before = list(model.__dict__.get(_IGNORED, []))
+    attached.__dict__.setdefault(_IGNORED_BEFORE, model.__dict__.get(_IGNORED))
+    # the one way that torch has for it (torch/nn/parallel/distributed.py)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*before, *names])
+
+
+def state_of(model: nn.Module) -> list[torch.Tensor]:
+    """The Parameters and buffers that are the same on all ranks of a training.
+
+    Not those of what :func:`attach` put on ``model``, and not those that ``model`` keeps from
+    ``DistributedDataParallel``.
+    """
+    own = set(model.__dict__.get(_IGNORED, []))
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return [tensor for name, tensor in tensors if not name.startswith(f"{CHILD}.") and name not in own]
 
 
 def run_quantized(model: nn.Module, enabled: bool) -> None:
@@ -131,7 +173,13 @@ def run_quantized(model: nn.Module, enabled: bool) -> None:
 def detach(model: nn.Module) -> None:
     """Take the graphs off ``model``; its targets run their own ``forward`` again."""
     run_quantized(model, False)
+    attached = attached_to(model)
     model._modules.pop(CHILD, None)
+    if attached is not None and _IGNORED_BEFORE in attached.__dict__:
+        model.__dict__.pop(_IGNORED, None)
+        before = attached.__dict__[_IGNORED_BEFORE]
+        if before is not None:
+            model.__dict__[_IGNORED] = before
 
 
 _BOUND = "_lightning_quant_bound"

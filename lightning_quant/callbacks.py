@@ -9,11 +9,21 @@ import logging
 import weakref
 from dataclasses import asdict
 from typing import Any
+from uuid import uuid4
 
 import torch
 
 from lightning_quant._roots import Callback
-from lightning_quant.attachment import after_method, attach, attached_to, detach, relink, unbind
+from lightning_quant.attachment import (
+    after_method,
+    attach,
+    attached_to,
+    detach,
+    keep_from_broadcast,
+    relink,
+    state_of,
+    unbind,
+)
 from lightning_quant.backends import check_classes
 from lightning_quant.backends.graph import info, is_initialised
 from lightning_quant.capture import Capture
@@ -33,21 +43,30 @@ from lightning_quant.from_checkpoint import (
 )
 from lightning_quant.inputs import Sample, has_validation, isolated_rng, sample, validation_data_of_test
 from lightning_quant.phases import FLOAT, Phase, Phases, Schedule, observer_state
-from lightning_quant.pipeline import Graphs, calibrate, capture, convert_module, deliver, prepare_graphs
+from lightning_quant.pipeline import (
+    Graphs,
+    calibrate,
+    capture,
+    convert_module,
+    deliver,
+    loaded_model,
+    prepare_graphs,
+    put_files,
+)
 from lightning_quant.placement import ToGraph, divert, restore
-from lightning_quant.report import QuantReport
+from lightning_quant.rank_steps import RankSteps
+from lightning_quant.ranks import check_ranks, merge_ranks
+from lightning_quant.report import QuantReport, modified, report_of
 from lightning_quant.scale_training import ScaleTraining, train_scales
+from lightning_quant.strategies import check_strategy, is_parallel
+from lightning_quant.team import all_ranks
 
 log = logging.getLogger(__name__)
 
 
 def _check_trainer(trainer: Any, *, trains_quantized: bool) -> None:
     """Refuse what would give wrong results, with the remedy."""
-    if trainer.world_size > 1:
-        raise ConfigError(
-            f"quantization on {trainer.world_size} processes is not supported yet: each would see the ranges of its "
-            "own data only. Use Trainer(devices=1, num_nodes=1)."
-        )
+    check_strategy(trainer)
     precision = str(trainer.precision)
     half_weights = precision.endswith("-true") and precision != "32-true"
     if half_weights or (trains_quantized and precision != "32-true"):
@@ -98,6 +117,15 @@ def _log_report(trainer: Any, report: QuantReport) -> None:
         logger.save()
 
 
+#: What a callback has of a run. It cannot be pickled, and another process would not want it.
+_OF_A_RUN: dict[str, Any] = {
+    **dict.fromkeys(("_report", "_written", "_quantized_model", "_converted", "_sample", "_captured", "_loaded")),
+    **dict.fromkeys(("_data", "_phase", "_kept", "_scales", "_steps")),
+    "_before": {},
+    "_frozen": [],
+}
+
+
 class _Base(Callback):
     """What both callbacks do: find the targets before the run, and run the int8 model in ``test``."""
 
@@ -114,8 +142,11 @@ class _Base(Callback):
         self.config = config
         self.method: Method = method
         self.export = export
-        self.report: QuantReport | None = None
-        self.quantized_model: Any = None
+        self._report: QuantReport | None = None
+        self._written: int | None = None
+        self._quantized_model: Any = None
+        #: Written into the report: the process that started others by ddp_spawn or ddp_fork finds theirs by it.
+        self._run = uuid4().hex
         self._converted: Graphs | None = None
         self._sample: Sample | None = None
         self._captured: Capture | None = None
@@ -124,6 +155,27 @@ class _Base(Callback):
     def __deepcopy__(self, memo: dict[int, Any]) -> _Base:
         """A callback belongs to its Trainer: copies of a module that holds it, ours among them, share it."""
         return self
+
+    @property
+    def report(self) -> QuantReport | None:
+        """Of the last run; None: there was none. Read from its file where the run was in other processes."""
+        if modified(self.export.path) != self._written and (found := report_of(self.export.path, self._run)):
+            return found
+        return self._report
+
+    @property
+    def quantized_model(self) -> Any:
+        """The LightningModule in int8, a copy; None: there was no run.
+
+        In the process that started others by ``ddp_spawn`` or ``ddp_fork``: the native file of their run, loaded. It is
+        called as the module is; where there is a file for each target, the targets are its submodules, by name.
+        """
+        report = self.report
+        return self._quantized_model if report is None or report is self._report else loaded_model(report)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a callback in another process, which begins a run of its own: what it was made with."""
+        return {name: _OF_A_RUN.get(name, value) for name, value in self.__dict__.items()}
 
     def _capture(self, trainer: Any, pl_module: Any) -> tuple[Sample, Capture]:
         # Lightning runs configure_model with the accelerator as default device; copies are traced on the CPU
@@ -144,24 +196,32 @@ class _Base(Callback):
         """Convert, deliver and show; the trained module is not touched, whatever fails here."""
         assert self._sample is not None
         assert self._captured is not None
+        team = all_ranks()
         with isolated_rng():
-            quantized = convert_module(pl_module, graphs)
-            self.quantized_model = quantized.module
+            quantized = team.by_each(lambda: convert_module(pl_module, graphs))
+            self._quantized_model = quantized.module
             self._converted = quantized.converted
             if trainer.fast_dev_run:
                 log.info("fast_dev_run: the int8 model was converted; nothing was written.")
                 return
-            self.report = deliver(
-                quantized, self._captured, self._sample, data, self.config, self.method, self.export, **metrics
-            )
-        _log_report(trainer, self.report)
+            self._report = deliver(
+                quantized, self._captured, self._sample, data, self.config, self.method, self.export,
+                team=team, run=self._run, **metrics,
+            )  # fmt: skip
+            self._written = modified(self.export.path)
+        _log_report(trainer, self._report)
         if trainer.is_global_zero:
-            self.report.print()
+            self._report.print()
 
     def _put_int8(self, pl_module: Any) -> None:
-        assert self._converted is not None
+        report = self.report
+        if self._loaded is None and report is not None and report is not self._report:  # of other processes
+            return put_files(pl_module, report)
+        if self._converted is None:
+            return self._no_int8_yet()
         for name, graph in self._converted.items():
             divert(pl_module.get_submodule(name), ToGraph(graph, info(graph).interface, on_cpu=True))
+        return None
 
     def _take_off(self, pl_module: Any) -> None:
         """Leave nothing of ours on the user's module."""
@@ -201,7 +261,7 @@ class PostTrainingQuantization(_Base):
     Args:
         config: What is quantized, and how.
         method: ``static`` calibrates activations on the val dataloader; ``dynamic`` takes their ranges at run time.
-        calibration_batches: How many batches are observed; None: all.
+        calibration_batches: How many batches are observed, on each process; None: all.
         export: Which files are written, and where.
 
     Raises:
@@ -249,9 +309,9 @@ class PostTrainingQuantization(_Base):
                 "data."
             )
         if not trainer.fast_dev_run:
-            check_writable(self.export.path)
+            all_ranks().by_first(lambda: check_writable(self.export.path))
         # the layers of LightningModule.setup and configure_model exist only after these
-        after_method(pl_module, "configure_model", lambda module: self._capture(trainer, module) and None)
+        after_method(pl_module, "configure_model", lambda module: self._captured_by_each(trainer, module))
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """The module is on the CPU and unwrapped, and the val dataloader is still there."""
@@ -268,10 +328,14 @@ class PostTrainingQuantization(_Base):
     def _quantize(self, trainer: Any, pl_module: Any) -> None:
         self._take_off(pl_module)
         assert self._captured is not None
+        all_ranks().give(state_of(pl_module))
         self._data = validation_data(trainer)
         with isolated_rng():
             graphs, metrics = self._calibrated(trainer, pl_module, self._captured, self._data)
         self._finish(trainer, pl_module, graphs, self._data, metrics_float=metrics)
+
+    def _captured_by_each(self, trainer: Any, pl_module: Any) -> None:
+        all_ranks().by_each(lambda: self._capture(trainer, pl_module) and None)
 
     def _calibrated(
         self, trainer: Any, pl_module: Any, captured: Capture, data: ValidationData | None
@@ -293,10 +357,7 @@ class PostTrainingQuantization(_Base):
                 data = self._data or validation_data_of_test(trainer, pl_module)
                 graphs, _ = self._calibrated(trainer, pl_module, captured, data)
                 self._converted = convert_module(pl_module, graphs).converted
-        if self._converted is None:
-            return self._no_int8_yet()
         self._put_int8(pl_module)
-        return None
 
 
 class QuantizationAwareTraining(_Base):
@@ -340,6 +401,7 @@ class QuantizationAwareTraining(_Base):
         self._before: dict[str, torch.Tensor] = {}
         self._kept: tuple[weakref.ref[Any], dict[str, Any]] | None = None
         self._scales: ScaleTraining | None = None
+        self._steps: RankSteps | None = None
 
     @property
     def phase(self) -> Phase:
@@ -358,17 +420,22 @@ class QuantizationAwareTraining(_Base):
             return
         _check_trainer(trainer, trains_quantized=True)
         if not trainer.fast_dev_run:
-            check_writable(self.export.path)
+            all_ranks().by_first(lambda: check_writable(self.export.path))
         after_method(pl_module, "configure_model", lambda module: self._prepare(trainer, module))
         after_method(pl_module, "on_save_checkpoint", self._save)
 
     def _prepare(self, trainer: Any, pl_module: Any) -> None:
         if attached_to(pl_module) is not None:
             return
-        taken, captured = self._capture(trainer, pl_module)
+        team = all_ranks()
+        taken, captured = team.by_each(lambda: self._capture(trainer, pl_module))
         with isolated_rng(), torch.device("cpu"):
-            attach(pl_module, prepare_graphs(pl_module, captured, self.config, self.method))
+            graphs = team.by_each(lambda: prepare_graphs(pl_module, captured, self.config, self.method))
+            attached = attach(pl_module, graphs)
             self._example = example_of(pl_module, taken)
+        if is_parallel(trainer):
+            check_ranks(attached, team.group)
+            keep_from_broadcast(pl_module)
 
     def _graphs(self, pl_module: Any) -> Graphs:
         attached = attached_to(pl_module)
@@ -408,6 +475,7 @@ class QuantizationAwareTraining(_Base):
         elif self._loaded is None and self._kept is not None and self._kept[0]() is pl_module:
             # the module goes on from where the last run left it; with a float checkpoint, observers start fresh
             load_observers(self._graphs(pl_module), self._kept[1]["observers"])
+        self._steps = RankSteps(self._graphs(pl_module).values()) if is_parallel(trainer) else None
         self._before = {name: x.detach().cpu().clone() for name, x in pl_module.state_dict().items()}
         if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= self.schedule.start_epoch:
             log.warning(
@@ -432,8 +500,23 @@ class QuantizationAwareTraining(_Base):
         if self._phases is not None:
             self._phases.hold()
 
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """What ranks have seen becomes equal before anything is made of it: averages of weights, checkpoints."""
+        self._agree()
+        if self._steps is not None:
+            self._steps.average_gradients(getattr(optimizer, "optimizer", optimizer))
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Also of what came after the last step of an optimizer."""
+        self._agree()
+
+    def _agree(self) -> None:
+        if self._steps is not None and self.phase.observe:
+            self._steps.agree()
+
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Validation leaves observers untouched; before the first training batch (sanity check) it is float."""
+        self._agree()
         graphs = self._graphs(pl_module)
         if self._phases is not None:
             ready = bool(graphs) and all(is_initialised(graph) for graph in graphs.values())
@@ -444,8 +527,19 @@ class QuantizationAwareTraining(_Base):
         if self._phases is not None:
             self._phases.enter(self._phases.phase)
 
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Whatever else has observed becomes one, while the module is where its process group can send from."""
+        if is_parallel(trainer) and (attached := attached_to(pl_module)) is not None:
+            merge_ranks(attached)
+
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """The module is on the CPU and unwrapped; the weights are those that it holds now."""
+        # batch norms of the other ranks have the statistics of their own last batch
+        team = all_ranks()
+        team.give(state_of(pl_module))
+        graphs = self._graphs(pl_module)
+        if self._steps is not None:  # what another callback put in at the end, such as an average of weights
+            RankSteps(graphs.values(), team.group).agree()
         self._keep(pl_module)
         relink(pl_module)
         with nothing_is_lost(lambda: how_to_export(trainer, pl_module)):
@@ -480,10 +574,7 @@ class QuantizationAwareTraining(_Base):
             with isolated_rng():
                 graphs = trained_graphs(pl_module, captured, self.config, self._loaded, label)
                 self._converted = convert_module(pl_module, graphs).converted
-        if self._converted is None:
-            return self._no_int8_yet()
         self._put_int8(pl_module)
-        return None
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave a float module, with the weights that it has."""
@@ -518,4 +609,5 @@ class QuantizationAwareTraining(_Base):
         if self._scales is not None:
             self._scales.end()
             self._scales = None
+        self._steps = None
         super()._take_off(pl_module)

@@ -29,6 +29,10 @@ class ExportError(QuantizationError, RuntimeError):
     """A file could not be written, or what it computes is not what the model computes."""
 
 
+class RankError(QuantizationError, RuntimeError):
+    """Another process of the same run failed. The text has what it raised."""
+
+
 class ArtifactError(QuantizationError, RuntimeError):
     """A file that cannot be loaded or run."""
 

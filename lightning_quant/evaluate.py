@@ -1,7 +1,8 @@
 """The module's own validation loop on a float, a quantized or a reloaded model.
 
 A second, small Trainer validates a *copy* of the LightningModule, on the CPU, without loggers, with the user's
-dataloaders, transfer hooks and batch limits. Nothing of the user's running Trainer is touched.
+dataloaders, transfer hooks and batch limits. Nothing of the user's running Trainer is touched. Where several processes
+run, each validates its share of the batches, and the metrics are those of all.
 """
 
 from __future__ import annotations
@@ -15,11 +16,16 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from torchmetrics import Metric
+
 from lightning_quant._roots import root_of
 from lightning_quant.attachment import detach, unbind
 from lightning_quant.errors import CalibrationError
 from lightning_quant.placement import restore, uncompile
 from lightning_quant.scripted import opened_copy
+from lightning_quant.team import ALONE, Team, all_ranks
 
 #: Hooks that build or tear down the user's module: the copy is built already, and building it again would undo what was
 #: put in (``setup`` that makes the layers, ``configure_callbacks`` that brings our own callback again).
@@ -36,6 +42,7 @@ class ValidationData:
         mode: How several are combined (``CombinedLoader``'s word).
         datamodule: The user's, whose transfer hooks apply. None if there is none.
         limit_batches: The user's ``limit_val_batches``.
+        team: The processes that have a share of the batches each, and call every function of this file together.
     """
 
     root: ModuleType
@@ -43,10 +50,14 @@ class ValidationData:
     mode: str
     datamodule: Any
     limit_batches: int | float
+    team: Team = ALONE
 
 
 def validation_data(trainer: Any) -> ValidationData | None:
-    """The validation batches of a running ``fit`` or ``validate``, or None where there are none."""
+    """The validation batches of a running ``fit`` or ``validate``, or None where there are none.
+
+    Of each rank its own; all ranks have to call it.
+    """
     fitting = trainer.state.fn == "fit"
     loop = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
     if loop._combined_loader is None:
@@ -57,7 +68,8 @@ def validation_data(trainer: Any) -> ValidationData | None:
     if combined is None:  # limit_val_batches=0, or no validation_step
         return None
     root = root_of(trainer)
-    return ValidationData(root, combined.iterables, combined._mode, trainer.datamodule, trainer.limit_val_batches)
+    limit = trainer.limit_val_batches
+    return ValidationData(root, combined.iterables, combined._mode, trainer.datamodule, limit, all_ranks())
 
 
 def copy_of(module: Any) -> Any:
@@ -139,7 +151,9 @@ def evaluate(
         progress: What the progress bar says; None: no bar.
 
     Returns:
-        Name -> value, as ``trainer.validate(module)`` gives them; of several dataloaders, merged.
+        Name -> value, as ``trainer.validate(module)`` gives them; of several dataloaders, merged. Of several
+        processes, those of all batches, also where the module logs without ``sync_dist``: means are weighted by the
+        sizes of batches, as Lightning does it, and minima, maxima and sums are those of all.
 
     Raises:
         CalibrationError: There was no batch.
@@ -147,13 +161,15 @@ def evaluate(
     root = data.root
     counter = _BatchCounter(root)
     bar = [_progress_bar(root, progress)] if progress else []
-    with _quiet(), _built(module):
+    shares = _Shares(root)
+    with _quiet(), _built(module), _synchronised(module, data.team):
         combined = root.utilities.CombinedLoader(data.loaders, data.mode)
         trainer = root.Trainer(
             accelerator="cpu",
             devices=1,
+            strategy=_strategy(root, data.team),
             logger=root.loggers.logger.DummyLogger(),
-            callbacks=[counter.callback, *callbacks, *bar],
+            callbacks=[counter.callback, shares.callback, *callbacks, *bar],
             enable_checkpointing=False,
             enable_model_summary=False,
             enable_progress_bar=bool(progress),
@@ -167,12 +183,122 @@ def evaluate(
         else:
             results = trainer.validate(module, datamodule=_datamodule(data, combined), verbose=False)
     forget(module)
-    if not counter.batches:
+    if not sum(data.team.gathered(counter.batches)):
         raise CalibrationError(
             "the validation dataloader gave no batch. Static quantization calibrates on it, and metrics are taken from "
             "it: give one with at least one batch, and limit_val_batches > 0."
         )
-    return {name: float(value) for result in results for name, value in result.items()}
+    return shares.of_all({name: float(value) for result in results for name, value in result.items()}, data.team)
+
+
+@contextlib.contextmanager
+def _synchronised(module: Any, team: Team) -> Iterator[None]:
+    """Let the metrics of ``module`` gather their states in the group of ``team``, on the CPU; alone, not at all."""
+    metrics = [part for part in module.modules() if isinstance(part, Metric)]
+    before = [(metric.process_group, metric.distributed_available_fn) for metric in metrics]
+    for metric in metrics:
+        metric.process_group = team.group
+        metric.distributed_available_fn = _alone if team.size == 1 else _together
+    try:
+        yield
+    finally:
+        for metric, (group, available) in zip(metrics, before, strict=True):
+            metric.process_group, metric.distributed_available_fn = group, available
+
+
+def _alone() -> bool:
+    return False
+
+
+def _together() -> bool:
+    return True
+
+
+def _strategy(root: ModuleType, team: Team) -> Any:
+    """Of the small Trainer: one device, and ``team`` where the module asks for other ranks (``self.all_gather``)."""
+    if team.size == 1:
+        return "auto"
+
+    class Shared(root.strategies.SingleDeviceStrategy):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            super().__init__(device="cpu")
+            self.global_rank, self.world_size = team.rank, team.size
+
+        @property
+        def is_global_zero(self) -> bool:
+            return team.is_first
+
+        def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+            if not isinstance(tensor, torch.Tensor):
+                return tensor
+            values = torch.stack(self._of_all(tensor, group))
+            op = str(reduce_op).rpartition(".")[2].lower()
+            if op in ("mean", "avg"):
+                return (
+                    values.to(torch.get_default_dtype()).mean(0) if not values.is_floating_point() else values.mean(0)
+                )
+            return getattr(values, {"max": "amax", "min": "amin"}.get(op, op))(0)
+
+        def all_gather(self, tensor: Any, group: Any = None, sync_grads: bool = False) -> Any:
+            return torch.stack(self._of_all(tensor, group))
+
+        def _of_all(self, tensor: torch.Tensor, group: Any) -> list[torch.Tensor]:
+            sent = tensor.detach().contiguous()
+            group = group or team.group
+            found = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(found, sent, group)
+            return found
+
+        def barrier(self, *args: Any, **kwargs: Any) -> None:
+            dist.barrier(team.group)
+
+        def broadcast(self, obj: Any, src: int = 0) -> Any:
+            sent = [obj]
+            dist.broadcast_object_list(sent, src, team.group)
+            return sent[0]
+
+    return Shared()
+
+
+class _Shares:
+    """What each rank has added to the logged values that are no metrics of torchmetrics, which gather by themselves."""
+
+    def __init__(self, root: ModuleType) -> None:
+        self.values: dict[str, tuple[str, float, float]] = {}
+        outer = self
+
+        class Reader(root.Callback):  # type: ignore[name-defined]
+            def on_validation_end(self, trainer: Any, module: Any) -> None:
+                results = trainer.validate_loop._results
+                for entry in results.values():
+                    if entry.is_tensor and entry.meta.on_epoch:
+                        weight = float(entry.cumulated_batch_size) if entry.meta.is_mean_reduction else 1.0
+                        share = entry.meta.reduce_fx.__name__, float(entry.value), weight
+                        outer.values |= dict.fromkeys(results._forked_name(entry, on_step=False), share)
+
+        self.callback = Reader()
+
+    def of_all(self, own: dict[str, float], team: Team) -> dict[str, float]:
+        """The results of this rank, with values of all ranks."""
+        if team.size == 1:
+            return own
+        merged: dict[str, float] = {}
+        shares: dict[str, list[tuple[str, float, float]]] = {}
+        for results, values in team.gathered((own, self.values)):
+            merged = {**results, **merged}  # a value that one rank alone has is that of all
+            for name, share in values.items():
+                shares.setdefault(name, []).append(share)
+        return {name: _reduced(shares[name]) if name in shares else value for name, value in merged.items()}
+
+
+def _reduced(shares: list[tuple[str, float, float]]) -> float:
+    """As ``_ResultMetric`` of Lightning, which keeps of means the sum of values times sizes of batches."""
+    kind = shares[0][0]
+    values = [value for _, value, _ in shares]
+    if kind in ("max", "min"):
+        return max(values) if kind == "max" else min(values)
+    weight = sum(size for _, _, size in shares) if kind == "mean" else 1.0
+    return sum(values) / weight if weight else float("nan")
 
 
 class _BatchCounter:

@@ -25,6 +25,7 @@ from lightning_quant.arguments import Call
 from lightning_quant.capture import FAILED_IN, Recording, detached, record_calls
 from lightning_quant.errors import CalibrationError, CaptureError, where
 from lightning_quant.evaluate import ValidationData, copy_of, evaluate
+from lightning_quant.team import all_ranks
 
 
 @dataclass(frozen=True)
@@ -399,4 +400,4 @@ def validation_data_of_test(trainer: Any, module: Any) -> ValidationData:
             "test(ckpt_path=...) with PostTrainingQuantization calibrates the checkpoint's weights, and there is no "
             "val dataloader: give test a datamodule that has one, or call validate(ckpt_path=...) before test."
         )
-    return ValidationData(root, loaders, "sequential", datamodule, trainer.limit_val_batches)
+    return ValidationData(root, loaders, "sequential", datamodule, trainer.limit_val_batches, all_ranks())

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,16 +29,28 @@ from lightning_quant.backends import assemble, capture_targets, convert_graph, i
 from lightning_quant.backends.graph import engine, info, put
 from lightning_quant.backends.tracing import LAYER, trace_around
 from lightning_quant.capture import Capture, record_calls
-from lightning_quant.config import ExportConfig, Method, QuantConfig, resolve_formats
+from lightning_quant.config import ExportConfig, FormatName, Method, QuantConfig, resolve_formats
 from lightning_quant.errors import CaptureError, CoverageError, ExportError
 from lightning_quant.evaluate import ValidationData, copy_of, evaluate
-from lightning_quant.exporters import Artifact, Facts, Program, check_exportable, one_config, qdq, smaller, write
+from lightning_quant.exporters import (
+    Artifact,
+    Facts,
+    Program,
+    check_exportable,
+    files_of,
+    one_config,
+    qdq,
+    smaller,
+    write,
+)
 from lightning_quant.exporters.torchscript import freeze
 from lightning_quant.inputs import Sample, recorded_forward
-from lightning_quant.placement import Observed, ToGraph, divert, graft, plain_train
+from lightning_quant.placement import Observed, ToFile, ToGraph, divert, graft, plain_train
+from lightning_quant.ranks import merge_ranks
 from lightning_quant.report import FormatReport, QuantReport
 from lightning_quant.runtime import load
 from lightning_quant.structures import shape_of
+from lightning_quant.team import ALONE, Team
 
 log = logging.getLogger(__name__)
 
@@ -63,11 +77,13 @@ def calibrate(
 ) -> dict[str, float]:
     """Run the validation loop once on a copy: observers see the data, and the metrics are those of the float module.
 
+    Of several processes (``data.team``), each shows its share to its observers, which then become those of all data.
+
     Args:
         module: The float LightningModule. Not changed.
         graphs: Prepared for ``static``. Their observers move.
         data: The validation batches.
-        batches: How many are observed; None: all.
+        batches: How many are observed, of each process; None: all.
         progress: Show a progress bar.
     """
     twin = copy_of(module)
@@ -82,7 +98,10 @@ def calibrate(
             route.enabled = False
 
     with quiet():
-        return evaluation.calibrate(twin, data, stop, batches=batches, progress=progress)
+        metrics = evaluation.calibrate(twin, data, stop, batches=batches, progress=progress)
+    if data.team.size > 1:
+        merge_ranks(nn.ModuleList(graphs.values()), data.team.group)
+    return metrics
 
 
 @dataclass(frozen=True)
@@ -308,8 +327,13 @@ def deliver(
     *,
     metrics_float: dict[str, float] | None = None,
     metrics_before: dict[str, float] | None = None,
+    team: Team = ALONE,
+    run: str = "",
 ) -> QuantReport:
     """Evaluate the int8 model, write and verify its files, time them, and write the report.
+
+    Of several processes, which all have to call it with the same model, rank 0 writes, times and reports; the others
+    are given its files to validate their share of the data with, and its report.
 
     Args:
         quantized: From :func:`convert_module`.
@@ -321,17 +345,74 @@ def deliver(
         export: Which files, and where.
         metrics_float: If they are known already.
         metrics_before: Of the module before training.
+        team: The processes that take part.
+        run: Who asks for it, for the report.
 
     Raises:
         ExportError: A file could not be written or computes something else. No file of this run is left.
+        RankError: On the other ranks, where rank 0 raises.
     """
     if metrics_float is None:
         metrics_float = evaluate(copy_of(quantized.float_module), data) if data else {}
     metrics_int8 = evaluate(quantized.module, data) if data else {}
-    formats, left_out = resolve_formats(config, method, export)
     parts = _parts(quantized, sample, captured)
     covered = _coverage(quantized, captured, sample, parts)
-    _check_coverage(covered, config)
+    written: list[_Written] = []
+
+    def write_files() -> list[tuple[str, str, str, dict[str, bytes]]]:
+        _check_coverage(covered, config)
+        written.append(_write(quantized, parts, config, method, export, {"float": metrics_float, "int8": metrics_int8}))
+        return [(a.format, a.target, a.path.name, _contents(a.path, team)) for a in written[0].artifacts]
+
+    files = team.by_first(write_files)
+    with tempfile.TemporaryDirectory() as folder:
+        loaded = team.by_each(lambda: written[0].loaded if written else _received(files, Path(folder)))
+        metrics = _metrics_of_files(quantized, parts, loaded, data)
+
+    def report() -> QuantReport:
+        found = _report(quantized, captured, parts, covered, written[0], metrics, config, method)
+        found = replace(
+            found,
+            metrics_before=metrics_before,
+            metrics_float=metrics_float,
+            metrics_int8=metrics_int8,
+            num_processes=team.size,
+            run=run,
+        )
+        found.write(export.path)
+        return found
+
+    return team.by_first(report)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What one process knows of the files: those that were written, loaded again, and timed.
+
+    Attributes:
+        artifacts: The files.
+        formats: The formats that were asked for; the native one first.
+        left_out: Format -> why it was not written.
+        loaded: (format, target) -> the file, loaded.
+        times: Milliseconds by format and target; see :func:`_times`.
+    """
+
+    artifacts: tuple[Artifact, ...]
+    formats: tuple[FormatName, ...]
+    left_out: dict[str, str]
+    loaded: dict[tuple[str, str], Any]
+    times: dict[str, float]
+
+
+def _write(
+    quantized: Quantized,
+    parts: list[_Part],
+    config: QuantConfig,
+    method: Method,
+    export: ExportConfig,
+    metrics: dict[str, dict[str, float]],
+) -> _Written:
+    formats, left_out = resolve_formats(config, method, export)
     optional = formats[1:] if export.formats is None else ()
     artifacts, not_written = write(
         [part.program for part in parts],
@@ -340,39 +421,66 @@ def deliver(
         optional,
         fastest=export.skip_slow,
         with_float=True,
-        facts=Facts({"float": metrics_float, "int8": metrics_int8}, class_labels(quantized.float_module)),
+        facts=Facts(metrics, class_labels(quantized.float_module)),
     )
-    left_out = left_out | not_written
-    entries, latency_float = _format_reports(quantized, parts, artifacts, data)
-    native = entries[formats[0]]
+    loaded = {(a.format, a.target): load(a.path) for a in artifacts}
+    return _Written(artifacts, formats, left_out | not_written, loaded, _times(parts, artifacts, loaded))
+
+
+def _contents(path: Path, team: Team) -> dict[str, bytes]:
+    """A file and those that belong to it, for other processes, which may run where its folder is not."""
+    return {file.name: file.read_bytes() for file in files_of(path)} if team.size > 1 else {}
+
+
+def _received(files: list[tuple[str, str, str, dict[str, bytes]]], folder: Path) -> dict[tuple[str, str], Any]:
+    """(format, target) -> the file, loaded from what rank 0 has sent."""
+    loaded = {}
+    for format_name, target, name, contents in files:
+        for file, content in contents.items():
+            (folder / file).write_bytes(content)
+        loaded[format_name, target] = load(folder / name)
+    return loaded
+
+
+def _report(
+    quantized: Quantized,
+    captured: Capture,
+    parts: list[_Part],
+    covered: Coverage,
+    written: _Written,
+    metrics: dict[str, dict[str, float]],
+    config: QuantConfig,
+    method: Method,
+) -> QuantReport:
+    """The report, without the metrics of the models."""
+    entries = _format_reports(parts, written, metrics)
+    native = entries[written.formats[0]]
     resolved = parts[0].program.config
     notes = []
     if len(parts) > 1 or parts[0].program.name:
         notes.append("The module's own forward could not be captured around its targets: there is one file per target.")
-    report = QuantReport(
+    return QuantReport(
         method=method,
         config={**asdict(resolved), "targets": list(config.targets), "skip": list(config.skip)},
         targets=[name or "forward" for name in quantized.converted],
-        metrics_before=metrics_before,
-        metrics_float=metrics_float,
-        metrics_int8=metrics_int8,
+        metrics_before=None,
+        metrics_float={},
+        metrics_int8={},
         size_bytes_float=sum(_size_bytes(part.float_program) for part in parts),
         size_bytes_int8=native.size_bytes,
-        latency_ms_float=latency_float,
+        latency_ms_float=sum(written.times[f"float/{part.program.name}"] for part in parts),
         latency_ms_int8=native.latency_ms,
         num_threads=torch.get_num_threads(),
         sqnr_db=min(_sqnr(part) for part in parts),
         coverage=covered.share,
-        artifacts=_paths(artifacts),
+        artifacts=_paths(written.artifacts),
         formats=entries,
-        formats_left_out=left_out,
+        formats_left_out=written.left_out,
         kept=_kept(quantized),
         float_layers=_float_layers(quantized, captured, covered),
         fused=_fused(quantized),
         notes=notes,
     )
-    report.write(export.path)
-    return report
 
 
 def _paths(artifacts: tuple[Artifact, ...]) -> dict[str, Any]:
@@ -396,15 +504,41 @@ def put_artifacts(module: Any, files: dict[str, Any]) -> None:
         divert(module.get_submodule(name), ToGraph(loaded, interface, on_cpu=True))
 
 
-def _format_reports(
-    quantized: Quantized, parts: list[_Part], artifacts: tuple[Artifact, ...], data: ValidationData | None
-) -> tuple[dict[str, FormatReport], float]:
-    """Each format's size, latency, SQNR and metrics, all of reloaded files; and the float model's latency."""
-    by_target = {part.program.name: part for part in parts}
-    formats = list(dict.fromkeys(artifact.format for artifact in artifacts))
-    loaded = {(a.format, a.target): load(a.path) for a in artifacts}
+def _native_files(report: QuantReport) -> dict[str, Any]:
+    """Target name -> the file in the backend's native format, loaded; ``""``: the module's own forward."""
+    files = next(iter(report.artifacts.values()))
+    return {name: load(file) for name, file in files.items()} if isinstance(files, dict) else {"": load(files)}
+
+
+def loaded_model(report: QuantReport) -> nn.Module:
+    """The native file of a report; of several, a module that has them where the targets were."""
+    files = _native_files(report)
+    if "" in files:
+        whole: nn.Module = files[""]
+        return whole
+    model = nn.Module()
+    for name, loaded in files.items():
+        *parents, last = name.split(".")
+        place = model
+        for parent in parents:
+            if parent not in place._modules:
+                place.add_module(parent, nn.Module())
+            place = place.get_submodule(parent)
+        place.add_module(last, loaded)
+    return model.eval()
+
+
+def put_files(module: nn.Module, report: QuantReport) -> None:
+    """Let a LightningModule run the native files of a report in the places of its targets. Undone by ``restore``."""
+    for name, loaded in _native_files(report).items():
+        divert(module.get_submodule(name), ToFile(loaded))
+
+
+def _times(parts: list[_Part], artifacts: tuple[Artifact, ...], loaded: dict[tuple[str, str], Any]) -> dict[str, float]:
+    """Milliseconds of one sample: ``format/target``, ``format in float/target``, and ``float/target``."""
     calls: dict[str, Any] = {}
-    for name, part in by_target.items():
+    for part in parts:
+        name = part.program.name
         single = smaller(part.float_program, part.program.data, 1)
         frozen = freeze(part.float_program, smaller(part.float_program, part.program.data, 2))
         calls[f"float/{name}"] = lambda frozen=frozen, single=single: frozen(*single)
@@ -414,28 +548,46 @@ def _format_reports(
                 calls[f"{artifact.format}/{name}"] = lambda runner=runner, single=single: runner(*single)
                 if in_float is not None:
                     calls[f"{artifact.format} in float/{name}"] = lambda run=in_float, single=single: run(*single)
-    times = latency_ms(calls)
-    entries = {}
-    for format_name in formats:
-        metrics = {}
+    return latency_ms(calls)
+
+
+def _metrics_of_files(
+    quantized: Quantized, parts: list[_Part], loaded: dict[tuple[str, str], Any], data: ValidationData | None
+) -> dict[str, dict[str, float]]:
+    """Format -> the module's validation metrics with its files in place; all processes together."""
+    interfaces = {part.program.name: part.interface for part in parts}
+    metrics: dict[str, dict[str, float]] = {}
+    for format_name in dict.fromkeys(name for name, _ in loaded):
+        metrics[format_name] = {}
         if data is not None:
             twin = copy_of(quantized.float_module)
-            put_artifacts(twin, {name: (loaded[format_name, name], part.interface) for name, part in by_target.items()})
-            metrics = evaluate(twin, data)
-        own = [a for a in artifacts if a.format == format_name]
-        in_its_runtime = [times[key] for name in by_target if (key := f"{format_name} in float/{name}") in times]
+            put_artifacts(twin, {name: (loaded[format_name, name], where) for name, where in interfaces.items()})
+            metrics[format_name] = evaluate(twin, data)
+    return metrics
+
+
+def _format_reports(
+    parts: list[_Part], written: _Written, metrics: dict[str, dict[str, float]]
+) -> dict[str, FormatReport]:
+    """Each format's size, latency, SQNR and metrics, all of reloaded files."""
+    targets = [part.program.name for part in parts]
+    times = written.times
+    entries = {}
+    for format_name in metrics:
+        own = [a for a in written.artifacts if a.format == format_name]
+        in_its_runtime = [times[key] for name in targets if (key := f"{format_name} in float/{name}") in times]
         counted = [found for a in own if (found := kernels(a.path)) is not None]
         entries[format_name] = FormatReport(
             size_bytes=sum(a.size_bytes for a in own),
-            latency_ms=sum(times[f"{format_name}/{name}"] for name in by_target),
-            latency_ms_float=sum(in_its_runtime) if in_its_runtime else _native_float(format_name, times, by_target),
+            latency_ms=sum(times[f"{format_name}/{name}"] for name in targets),
+            latency_ms_float=sum(in_its_runtime) if in_its_runtime else _native_float(format_name, times, targets),
             sqnr_db=min(a.sqnr_db for a in own),
-            metrics=metrics,
+            metrics=metrics[format_name],
             int8_kernels=sum(found.int8 for found in counted) if counted else None,
             float_kernels=sum(found.floating for found in counted) if counted else None,
             left_float=tuple(_join(a.target, layer) for a in own for layer in a.left_float),
         )
-    return entries, sum(times[f"float/{name}"] for name in by_target)
+    return entries
 
 
 def _native_float(format_name: str, times: dict[str, float], targets: Iterable[str]) -> float | None:

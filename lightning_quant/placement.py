@@ -59,6 +59,20 @@ class ToGraph:
         return self.interface.restore(output)
 
 
+class ToFile:
+    """Run a loaded file, which takes the tensors of the call and is on the CPU, instead of ``forward``."""
+
+    def __init__(self, loaded: nn.Module) -> None:
+        self.loaded = loaded
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the file computes, on the device of the inputs."""
+        devices = {x.device for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)}
+        args, kwargs = _to((args, kwargs), torch.device("cpu"))
+        output = self.loaded(*args, **kwargs)
+        return _to(output, devices.pop()) if len(devices) == 1 else output
+
+
 class Observed:
     """Show the data to a prepared graph, and answer with what the module itself computes, to the last bit."""
 

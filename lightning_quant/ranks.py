@@ -11,7 +11,11 @@ that one process had followed that is given, at each step, the mean of the ranks
 the averages would be wider with each rank more, and be the average of nothing.) With the default
 ``broadcast_buffers=True`` each step begins with the average of rank 0, so that what the other ranks saw in earlier
 steps is lost before anybody could merge it: the mean then has all that rank 0 saw, and the last batch of the others.
-``broadcast_buffers=False`` keeps it.
+``broadcast_buffers=False`` keeps it. The callbacks take the observers out of what is broadcast, and make them equal at
+each step; see :mod:`lightning_quant.rank_steps`.
+
+**Learned scales** are Parameters, and are the same on all ranks where they were trained together. Their zero points are
+set once, from the data that a rank saw first. All get scale and zero point of the lowest rank that has begun to learn.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_quant import fake_quantize, observers
+from lightning_quant import fake_quantize, learned_scale, observers
 from lightning_quant._torch_ao import classes, is_observer
 from lightning_quant.backends import pt2e_classes
 from lightning_quant.backends.graph import info, is_graph
@@ -68,6 +72,7 @@ def merge_ranks(prepared: nn.Module, group: dist.ProcessGroup | None = None) -> 
     * Ranges of min-max observers become their union.
     * Moving averages, also those of fake quantizes, become their mean; see the module's docstring. Scales and zero
       points are computed afresh from them.
+    * Scales that are learned, and their zero points, become those of the lowest rank that learns them.
     * Observers that have seen nothing add nothing. If none has, they stay as they are.
     * Of a class that is none of torch's or ours, also if it derives from one, the method ``merge_ranks(self, group)``
       is called on every rank, after all else. Without one it has to have the same buffers on all ranks. (State that is
@@ -83,7 +88,7 @@ def merge_ranks(prepared: nn.Module, group: dist.ProcessGroup | None = None) -> 
         ConfigError: On all ranks, with nothing changed: the ranks have different graphs; or an observer of a class that
             is not known differs between ranks, and has no method ``merge_ranks``. On a rank that is not in ``group``.
     """
-    parts = _parts(prepared)
+    parts = parts_of(prepared)
     if not parts and not any(is_graph(module) for module in prepared.modules()):
         raise CaptureError(
             f"{type(prepared).__name__} has no observers that could be merged: prepare it with lightning_quant.prepare "
@@ -103,6 +108,7 @@ def merge_ranks(prepared: nn.Module, group: dist.ProcessGroup | None = None) -> 
         facts = _gather(torch.tensor([_facts(part) for part in parts]).reshape(-1, 4), group, device)
         changed = _check_facts(parts, facts)
         _merge_ranges([part for part in parts if part.kind != "own"], facts[:, _ranged(parts)], group, device)
+        _merge_learned([part.rounding for part in parts if learned_scale.is_learned(part.rounding)], group, device)
     for part, differs in zip(parts, changed, strict=True):
         if hasattr(part.owner, "merge_ranks") and part.kind == "own":
             part.owner.merge_ranks(group)
@@ -110,13 +116,35 @@ def merge_ranks(prepared: nn.Module, group: dist.ProcessGroup | None = None) -> 
             _follow(part.rounding)
 
 
+def check_ranks(prepared: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    """Find out before a training what :func:`merge_ranks` would find out after it. A collective, as that one.
+
+    Raises:
+        ConfigError: On all ranks: they have different graphs, or observers or fake quantizes of a class that is not
+            known and that has no method ``merge_ranks``.
+    """
+    parts = parts_of(prepared)
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+        return
+    _check_same_graph(parts, group, _device(group, parts))
+    for part in parts:
+        if part.kind == "own" and not hasattr(part.owner, "merge_ranks"):
+            raise _unknown(part, "is of a class that ranks cannot merge")
+
+
 # ---- which observers there are
 
 
-def _parts(prepared: nn.Module) -> list[_Part]:
+def parts_of(prepared: nn.Module) -> list[_Part]:
+    """Everything in ``prepared`` that observes."""
     kinds = _kinds()
     by_path = {_path(kind): how for kind, how in kinds.items()}
-    around = (fake_quantize.FakeQuantize, *classes("FakeQuantize", "FusedMovingAvgObsFakeQuantize"), *_ours()[0])
+    around = (
+        fake_quantize.FakeQuantize,
+        learned_scale.LearnedFakeQuantize,
+        *classes("FakeQuantize", "FusedMovingAvgObsFakeQuantize"),
+        *_ours()[0],
+    )
     swapped = _swapped(prepared)
     parts: list[_Part] = []
     inside: tuple[str, ...] = ()
@@ -153,9 +181,12 @@ def _kinds() -> dict[type, Kind]:
 
 def _ours() -> tuple[tuple[type, ...], tuple[type, ...]]:
     """Our fake quantizes and our histograms of torchao, if any was ever made."""
-    made = (pt2e_classes.fake_quantize_class, pt2e_classes.histogram_class)
-    fake_quantizes, histograms = ((kind(),) if kind.cache_info().currsize else () for kind in made)
-    return fake_quantizes, histograms
+    fake_quantizes = (pt2e_classes.fake_quantize_class, pt2e_classes.learned_class)
+    made = [[kind() for kind in kinds if kind.cache_info().currsize] for kinds in (fake_quantizes, _HISTOGRAMS)]
+    return tuple(made[0]), tuple(made[1])
+
+
+_HISTOGRAMS = (pt2e_classes.histogram_class,)
 
 
 def _swapped(prepared: nn.Module) -> set[int]:
@@ -236,10 +267,10 @@ def _check_facts(parts: list[_Part], facts: torch.Tensor) -> list[bool]:
     return changed
 
 
-def _unknown(part: _Part) -> ConfigError:
+def _unknown(part: _Part, trouble: str = "differs between ranks") -> ConfigError:
     names = ", ".join(name for name, _ in part.owner.named_buffers())
     what = (
-        f"{part.path} ({part.name}) differs between ranks, and how the buffers of several ranks ({names}) become one "
+        f"{part.path} ({part.name}) {trouble}, and how the buffers of several ranks ({names}) become one "
         "is known of the observers and fake quantizes of torch, torchao and lightning_quant alone, not of classes that "
         "derive from them. "
     )
@@ -361,8 +392,40 @@ def _spread(observer: Any, low: float, high: float) -> torch.Tensor:
     return torch.from_numpy(np.diff(edges))
 
 
+def _merge_learned(roundings: list[Any], group: dist.ProcessGroup | None, device: torch.device) -> None:
+    """Scale and zero point of the lowest rank that learns them."""
+    if not roundings:
+        return
+    own = torch.tensor([[int(module.learned.item()), module.scale.numel()] for module in roundings])
+    states = _gather(own, group, device)  # (ranks, roundings, 2)
+    learning = [int(i) for i in states[:, :, 0].amax(0).nonzero().flatten()]
+    if not learning:
+        return
+    first = [int(states[:, i, 0].argmax()) for i in learning]
+    sizes = [int(states[rank, i, 1]) for rank, i in zip(first, learning, strict=True)]
+    own = torch.cat([_sized(values, size) for i, size in zip(learning, sizes, strict=True)
+                     for values in (roundings[i].scale, roundings[i].zero_point)])  # fmt: skip
+    values = _gather(own, group, device)
+    start = 0
+    for rank, i, size in zip(first, learning, sizes, strict=True):
+        module = roundings[i]
+        scale, zero_point = values[rank, start : start + 2 * size].reshape(2, size)
+        fake_quantize.keep_qparams(module, scale, zero_point)
+        module.scale_before.resize_(module.scale.shape).copy_(module.scale)
+        module.learned.fill_(1)
+        start += 2 * size
+
+
+def _sized(values: torch.Tensor, size: int) -> torch.Tensor:
+    """``(size,)``, float64; zeros where it has another size: this rank is not the one that is asked."""
+    flat = values.detach().cpu().to(torch.float64).reshape(-1)
+    return flat if flat.numel() == size else flat.new_zeros(size)
+
+
 def _follow(rounding: Any) -> None:
     """Let scale and zero point follow the range."""
+    if learned_scale.is_learned(rounding) and bool(rounding.learned):
+        return
     with torch.inference_mode():
         if fake_quantize.is_ours(rounding):
             fake_quantize.keep_qparams(rounding, *fake_quantize.qparams_of_range(rounding))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
+from lightning_quant.errors import ArtifactError
 from lightning_quant.formatting import shown_bytes, shown_db, shown_number, shown_threads
 
 
@@ -66,6 +67,8 @@ class QuantReport:
         fused: Groups of modules that run as one kernel.
         notes: Remarks for a person.
         kept: Submodule that runs its own code between the graphs around and inside of it -> why.
+        num_processes: How many processes trained, calibrated and evaluated it.
+        run: The callback that made it, so that it is known again where its processes are gone; empty: none did.
     """
 
     method: str
@@ -88,6 +91,8 @@ class QuantReport:
     fused: list[tuple[str, ...]]
     notes: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
+    num_processes: int = 1
+    run: str = field(default="", compare=False)
 
     @property
     def metrics_artifacts(self) -> dict[str, dict[str, float]]:
@@ -103,6 +108,41 @@ class QuantReport:
         """Plain JSON values: paths as text, infinite decibels as ``"inf"``."""
         plain: dict[str, Any] = _plain(asdict(self))
         return plain
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> QuantReport:
+        """The reverse of :meth:`to_dict`. What only a later version writes is left out.
+
+        Raises:
+            ArtifactError: It is not a report, or one of an earlier version that lacks something.
+        """
+        try:
+            values = {**plain, "formats": {name: _of(FormatReport, entry) for name, entry in plain["formats"].items()}}
+            values["artifacts"] = {name: _paths(files) for name, files in plain["artifacts"].items()}
+            values["fused"] = [tuple(group) for group in plain["fused"]]
+            return _of(cls, values)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(
+                f"this is no report of lightning_quant ({type(error).__name__}: {error}). Give what "
+                "QuantReport.to_dict gave, or a report.json."
+            ) from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> QuantReport:
+        """The report in a ``report.json``, or in the folder that has one.
+
+        Raises:
+            ArtifactError: There is none, or it cannot be read.
+        """
+        path = Path(path)
+        path = path / "report.json" if path.is_dir() else path
+        try:
+            plain = json.loads(path.read_text(encoding="utf8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise ArtifactError(
+                f"{path}: no report can be read there: {error}. Give the folder that ExportConfig(directory=...) named."
+            ) from error
+        return cls.from_dict(plain)
 
     def to_markdown(self) -> str:
         """The report as a page."""
@@ -217,6 +257,47 @@ class QuantReport:
             partial = directory / f".{name}.partial"
             partial.write_text(text, encoding="utf8")
             partial.replace(directory / name)
+
+
+def modified(folder: Path) -> int | None:
+    """When the report in ``folder`` was written, in nanoseconds; None: there is none."""
+    try:
+        return (folder / "report.json").stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def report_of(folder: Path, run: str) -> QuantReport | None:
+    """The report that this run wrote into ``folder``; None: there is none, or that of another."""
+    path = folder / "report.json"
+    if not path.is_file():
+        return None
+    report = QuantReport.load(path)
+    return report if report.run == run else None
+
+
+_R = TypeVar("_R")
+
+
+def _of(kind: type[_R], plain: dict[str, Any]) -> _R:
+    """A dataclass from plain values: numbers that JSON has no word for are text there, tuples are lists."""
+    values = {}
+    for part in fields(kind):  # type: ignore[arg-type]
+        if part.name in plain:
+            values[part.name] = _unplain(plain[part.name], str(part.type))
+    return kind(**values)
+
+
+def _unplain(value: Any, kind: str) -> Any:
+    if kind.startswith("float") and isinstance(value, str):
+        return float(value)
+    if kind.startswith("dict[str, float]") and isinstance(value, dict):
+        return {name: float(number) for name, number in value.items()}
+    return tuple(value) if kind.startswith("tuple") else value
+
+
+def _paths(files: Any) -> Any:
+    return {name: Path(file) for name, file in files.items()} if isinstance(files, dict) else Path(files)
 
 
 def _leaves(value: Any) -> list[Any]:

@@ -273,7 +273,7 @@ def trainer(*callbacks: pl.Callback, **kwargs: Any) -> pl.Trainer:
         "enable_progress_bar": False,
         "max_epochs": 1,
     }
-    return pl.Trainer(accelerator="cpu", devices=1, callbacks=list(callbacks), **{**quiet, **kwargs})
+    return pl.Trainer(accelerator="cpu", callbacks=list(callbacks), **{**quiet, "devices": 1, **kwargs})
 
 
 ONE_FORMAT = ExportConfig(formats=("torchscript",))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -227,13 +226,6 @@ def test_two_quantization_callbacks() -> None:
     with pytest.raises(ConfigError, match="QuantizationAwareTraining"):
         trainer(ptq(), qat()).fit(model, Digits())
     assert model.trained == 0
-
-
-@BOTH
-def test_several_processes_are_refused(made_by: Any) -> None:
-    several = SimpleNamespace(world_size=2, precision="32-true")
-    with pytest.raises(ConfigError, match=r"on 2 processes is not supported yet.*Trainer\(devices=1"):
-        made_by().setup(several, Watched(), "fit")
 
 
 @pytest.mark.parametrize(

@@ -596,7 +596,7 @@ def test_tensors_are_sent_from_where_the_group_works(
 ) -> None:
     """Without a GPU: ``meta`` stands for it."""
     monkeypatch.setattr(dist, "get_backend_config", lambda group: backends)
-    parts = ranks._parts(nn.ModuleDict({"a": torch_ao.MinMaxObserver(), "b": torch_ao.MinMaxObserver().to("meta")}))
+    parts = ranks.parts_of(nn.ModuleDict({"a": torch_ao.MinMaxObserver(), "b": torch_ao.MinMaxObserver().to("meta")}))
     assert ranks._device(None, parts) == torch.device(expected)
 
 

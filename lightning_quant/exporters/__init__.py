@@ -16,11 +16,11 @@ from lightning_quant.errors import ConfigError
 from lightning_quant.exporters.program import Program, check_exportable, one_config, smaller
 from lightning_quant.exporters.qdq import to_qdq
 from lightning_quant.exporters.verification import MIN_SQNR_DB
-from lightning_quant.exporters.writing import Artifact, Facts, check_writable, write
+from lightning_quant.exporters.writing import Artifact, Facts, check_writable, files_of, write
 
 __all__ = [
-    "MIN_SQNR_DB", "Artifact", "Facts", "Program", "check_exportable", "check_writable", "export", "one_config", "qdq",
-    "smaller", "write",
+    "MIN_SQNR_DB", "Artifact", "Facts", "Program", "check_exportable", "check_writable", "export", "files_of",
+    "one_config", "qdq", "smaller", "write",
 ]  # fmt: skip
 
 
