@@ -243,7 +243,8 @@ def test_calibration_of_all_shards_is_that_of_one_process(scenario: str, ranks_f
 def test_an_error_of_one_rank_is_raised_on_all(ranks_found: Any) -> None:
     first, second = ranks_found["failures"]
     stops = "RankError: rank {} failed, and this one stops with it: "
-    assert first["export"] == "ExportError: the disk is full"
+    assert first["export"].startswith("ExportError: the disk is full The training is not lost: ")
+    assert first["export"].endswith("lightning-quant export trained.ckpt --model distributed_runs.Network")
     assert second["export"] == stops.format(0) + first["export"]
     assert not different(first["trained"], second["trained"])
     assert different(first["trained"], weights(Network()))
