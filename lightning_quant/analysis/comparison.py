@@ -272,14 +272,8 @@ def _run(path: Path, file: Artifact, calls: list[Data]) -> list[list[torch.Tenso
     try:
         with torch.inference_mode():
             found = [tree_flatten(file(*call))[0] for call in calls]
-    except ArtifactError:
-        raise
-    except RuntimeError as error:  # TorchScript has no shapes to check
-        shapes = ", ".join(str(tuple(shape)) for shape in file.metadata["input_shapes"])
-        raise ArtifactError(
-            f"{path}: cannot run on this data, of {', '.join(str(tuple(x.shape)) for x in calls[0])}; it was made from "
-            f"{shapes}: {first_line(error)}"
-        ) from error
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}") from error
     return [list(batches) for batches in zip(*found, strict=True)]
 
 

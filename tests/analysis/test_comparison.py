@@ -200,7 +200,7 @@ def test_data_that_a_file_does_not_take(mlp: list[Path]) -> None:
         compare(mlp[0], mlp[2], [torch.randn(3, 6)])
     with pytest.raises(ArtifactError, match=r"^x is torch.float64; this artifact takes torch.float32"):
         compare(mlp[0], mlp[1], [X.double()])
-    text = f"{mlp[0]}: cannot run on this data, of (3, 6); it was made from (64, 4): "
+    text = f"{mlp[0]}: TorchScript cannot run inputs of the shapes [[3, 6]]; the file was made with [[64, 4]], "
     with pytest.raises(ArtifactError, match=f"^{re.escape(text)}"):
         compare(mlp[0], mlp[1], [torch.randn(3, 6)], batch_size=3)
 

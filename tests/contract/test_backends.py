@@ -121,8 +121,8 @@ def check_files(prepared: nn.Module, int8: nn.Module, formats: Any, net: Net, x:
         for count in SIZES:
             data = net.data(count)
             with torch.no_grad():
+                # not against int8 itself: it cuts off what is beyond the range of its output, a float output does not
                 assert decibels(program(data), loaded(data)) >= 30, (name, count)
-                assert decibels(int8(data), loaded(data)) >= 25, (name, count)
 
 
 @pytest.mark.slow
