@@ -42,12 +42,11 @@ from lightning_quant.from_checkpoint import (
     trained_graphs,
 )
 from lightning_quant.inputs import Sample, has_validation, isolated_rng, sample, validation_data_of_test
+from lightning_quant.parts import Graphs, convert_module
 from lightning_quant.phases import FLOAT, Phase, Phases, Schedule, observer_state
 from lightning_quant.pipeline import (
-    Graphs,
     calibrate,
     capture,
-    convert_module,
     deliver,
     loaded_model,
     prepare_graphs,

@@ -41,8 +41,9 @@ from lightning_quant.errors import ArtifactError, CaptureError, ConfigError, Exp
 from lightning_quant.evaluate import ValidationData, copy_of
 from lightning_quant.exporters import check_writable, smaller
 from lightning_quant.inputs import Sample, isolated_rng, sample_without_trainer
+from lightning_quant.parts import Graphs, convert_module
 from lightning_quant.phases import load_observer_state
-from lightning_quant.pipeline import Graphs, capture, convert_module, deliver, prepare_graphs
+from lightning_quant.pipeline import capture, deliver, prepare_graphs
 from lightning_quant.report import QuantReport
 
 log = logging.getLogger(__name__)

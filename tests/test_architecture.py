@@ -36,6 +36,8 @@ LAYERS = (
     ("backends",),
     ("phases", "ranks", "rank_steps", "team", "scale_training", "attachment", "exporters", "runtime", "analysis"),
     ("evaluate", "inputs", "tuning", "report", "strategies"),
+    ("parts",),
+    ("figures",),
     ("pipeline",),
     ("from_checkpoint",),
     ("callbacks",),
@@ -45,7 +47,7 @@ LAYERS = (
 )
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 
-KNOW_LIGHTNING = ("evaluate", "inputs", "tuning", "pipeline", "from_checkpoint", "callbacks", "demo", "cli")
+KNOW_LIGHTNING = ("evaluate", "inputs", "tuning", "parts", "pipeline", "from_checkpoint", "callbacks", "demo", "cli")
 LIGHTNING = ("pytorch_lightning", "lightning", "lightning_fabric")
 # torch.quantization is the old name of torch.ao.quantization
 TORCH_AO = ("torch.ao", "torch.quantization", "torchao")

@@ -47,7 +47,7 @@ from lightning_quant import (
     load,
 )
 from lightning_quant.exporters.writing import EXPORTERS
-from lightning_quant.pipeline import class_labels
+from lightning_quant.figures import class_labels
 
 EarlyStopping = part("callbacks").EarlyStopping
 ModelCheckpoint = part("callbacks").ModelCheckpoint
