@@ -26,6 +26,7 @@ from lightning_quant import (
     QuantConfig,
     QuantizationAwareTraining,
     TensorSpec,
+    figures,
     pipeline,
 )
 from lightning_quant.attachment import attached_to
@@ -139,13 +140,13 @@ def state(module: Any) -> dict[str, torch.Tensor]:
 
 
 class Calls:
-    """Counts the calls of a function of the pipeline meanwhile."""
+    """Counts the calls of a function that a module of the package has, meanwhile."""
 
-    def __init__(self, name: str, error: Exception | None = None) -> None:
-        self.name, self.error, self.number = name, error, 0
+    def __init__(self, name: str, error: Exception | None = None, room: Any = pipeline) -> None:
+        self.name, self.error, self.room, self.number = name, error, room, 0
 
     def __enter__(self) -> Calls:
-        self.before = getattr(pipeline, self.name)
+        self.before = getattr(self.room, self.name)
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             self.number += 1
@@ -153,11 +154,11 @@ class Calls:
                 raise self.error
             return self.before(*args, **kwargs)
 
-        setattr(pipeline, self.name, counted)
+        setattr(self.room, self.name, counted)
         return self
 
     def __exit__(self, *_: object) -> None:
-        setattr(pipeline, self.name, self.before)
+        setattr(self.room, self.name, self.before)
 
 
 def parallel(*callbacks: Any, strategy: Any = "ddp", **kwargs: Any) -> Any:
@@ -180,7 +181,7 @@ def qat(folder: Path) -> dict[str, Any]:
     callback = QuantizationAwareTraining(export=ExportConfig(directory=str(folder / "qat")))
     saved = part("callbacks").ModelCheckpoint(folder / "saved", every_n_train_steps=2, save_top_k=-1)
     runner = parallel(callback, probe, saved, enable_checkpointing=True)
-    with Calls("write") as written, Calls("latency_ms") as timed:
+    with Calls("write") as written, Calls("latency_ms", room=figures) as timed:
         runner.fit(model, val_dataloaders=val_loader())
     found = outcome(callback, model) | {
         "states": probe.states, "input": probe.input, "norms": model.norms, "writes": written.number,
