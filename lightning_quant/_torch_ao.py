@@ -253,7 +253,7 @@ def register_int8_kernels() -> None:
         ImportError: torchao is not installed, or not of a version that this knows.
         AttributeError: As before.
     """
-    passes = importlib.import_module("torchao.quantization.pt2e.inductor_passes.x86")
+    passes: Any = importlib.import_module("torchao.quantization.pt2e.inductor_passes.x86")
     checks = passes._is_valid_dequant_linear_pattern
     get_linear = passes._get_linear_node
 

@@ -62,9 +62,7 @@ def export(program: torch.export.ExportedProgram, path: Path, metadata: dict[str
             raise ExportError(f"AOTInductor cannot compile this model: {error}") from error
 
 
-def _with_int8_kernels(
-    program: torch.export.ExportedProgram, source: Path, path: Path, described: Path
-) -> str | None:
+def _with_int8_kernels(program: torch.export.ExportedProgram, source: Path, path: Path, described: Path) -> str | None:
     """Compile with torchao's patterns; why the package cannot be used, or None if it can."""
     if find_spec("torchao") is None:
         return "torchao is not installed (pip install 'lightning-quant[pt2e]')"
