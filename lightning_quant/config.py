@@ -318,8 +318,8 @@ class ExportConfig:
             for this kind of CPU). None: the native format of the backend, and ``onnx`` and ``openvino`` where they can
             be written and their extras are installed. Formats that are named are checked at once.
         skip_slow: In each file, leave in float what its runtime runs slower in int8 on this machine, by measurement with
-            one sample at a time: no file is slower than float then. ``pt2`` has no runtime of its own and stays as it is. It takes a dozen
-            trial files for each format.
+            one sample at a time: no file is slower than float then. ``pt2`` has no runtime of its own and stays as it
+            is. It takes a dozen trial files for each format.
 
     Raises:
         ConfigError: A format is not known or is named twice.
