@@ -27,7 +27,15 @@ from lightning_quant.attachment import (
 from lightning_quant.backends import check_classes
 from lightning_quant.backends.graph import info, is_initialised
 from lightning_quant.capture import Capture
-from lightning_quant.config import ExportConfig, Method, QuantConfig, check_method, resolve, resolve_formats
+from lightning_quant.config import (
+    ExportConfig,
+    Method,
+    PostTrainingMethod,
+    QuantConfig,
+    check_method,
+    resolve,
+    resolve_formats,
+)
 from lightning_quant.errors import CalibrationError, ConfigError
 from lightning_quant.evaluate import ValidationData, copy_of, evaluate, validation_data
 from lightning_quant.exporters import check_writable
@@ -131,7 +139,7 @@ class _Base(Callback):
     def __init__(self, config: QuantConfig, method: Method, export: ExportConfig) -> None:
         super().__init__()
         if not isinstance(config, QuantConfig):
-            raise ConfigError(f"config={config!r}: give a QuantConfig.")
+            raise ConfigError(f"config={config!r}: give a QuantConfig, e.g. lightning_quant.recipes.int8_static.")
         if not isinstance(export, ExportConfig):
             raise ConfigError(f"export={export!r}: give an ExportConfig.")
         check_method(config, method)
@@ -275,7 +283,7 @@ class PostTrainingQuantization(_Base):
         self,
         config: QuantConfig = QuantConfig(),
         *,
-        method: Method = "static",
+        method: PostTrainingMethod = "static",
         calibration_batches: int | None = None,
         export: ExportConfig = ExportConfig(),
     ) -> None:
