@@ -1,5 +1,6 @@
 """Quantize any LightningModule to int8 with one callback: calibrated or trained, verified, exported."""
 
+from lightning_quant import recipes
 from lightning_quant.analysis.coverage import Coverage, LayerRow, coverage
 from lightning_quant.backends import convert, prepare
 from lightning_quant.callbacks import PostTrainingQuantization, QuantizationAwareTraining
@@ -46,4 +47,5 @@ __all__ = [
     "export_checkpoint",
     "load",
     "prepare",
+    "recipes",
 ]

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -17,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightning_quant import demo as _demo
+from lightning_quant._roots import ROOTS
 from lightning_quant.analysis.comparison import Comparison, read_data
 from lightning_quant.analysis.comparison import compare as _compare
 from lightning_quant.analysis.kernels import SHOWN, kernels
@@ -25,7 +27,15 @@ from lightning_quant.custom import load_class
 from lightning_quant.errors import ArtifactError, MissingExtraError, QuantizationError
 from lightning_quant.formatting import shown_bytes, shown_db, shown_number, shown_shape, shown_threads
 from lightning_quant.from_checkpoint import export_checkpoint
+from lightning_quant.lightning_cli import quant_cli
 from lightning_quant.runtime import files_of, load, read_metadata
+
+
+def __getattr__(name: str) -> Any:
+    """``QuantCLI``: that of ``pytorch_lightning``, else of ``lightning``, made when it is asked for."""
+    if name != "QuantCLI":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return quant_cli(import_module(f"{ROOTS[0].__name__}.cli").LightningCLI)
 
 
 def demo(directory: str = "demo_quantized", epochs: int = 4, seed: int = 0) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import difflib
 import platform
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from jsonargparse.typing import restricted_string_type
@@ -34,9 +34,8 @@ ObserverName = Literal["auto", "histogram", "percentile", "entropy", "min_max", 
 RoundingName = Literal["auto", "learned"]
 LayerDtype = Literal["int8", "float"]
 
-if TYPE_CHECKING:
-    ClassPath = str
-else:  # so that a command line refuses what is neither a word of ours nor a path
+ClassPath = str
+if not TYPE_CHECKING:  # so that a command line refuses what is neither a word of ours nor a path
     ClassPath = restricted_string_type("ClassPath", r"^\S+\.\S+$", docstring="Import path of a class.")
 
 #: (backend, method) -> the formats that it can write, the native one first. A cell that is not here is in ``REFUSED``.
@@ -363,6 +362,22 @@ class ExportConfig:
     def path(self) -> Path:
         """The folder as a path."""
         return Path(self.directory)
+
+
+def plain(config: QuantConfig | ExportConfig) -> dict[str, Any]:
+    """All settings as YAML has them: dicts, lists, texts and numbers.
+
+    >>> plain(ExportConfig(formats=("onnx",)))["formats"]
+    ['onnx']
+    """
+    values: dict[str, Any] = _plain(asdict(config))
+    return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, tuple) else value
 
 
 def formats_of(config: QuantConfig, method: Method) -> tuple[FormatName, ...]:

@@ -17,7 +17,7 @@ import pickle
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from lightning_quant.config import (
     QuantConfig,
     TensorSpec,
     check_method,
+    plain,
     resolve_formats,
 )
 from lightning_quant.errors import ArtifactError, CaptureError, ConfigError, ExportError, QuantizationError, first_line
@@ -56,13 +57,7 @@ _METHOD: Method = "qat"
 
 def settings(config: QuantConfig, export: ExportConfig) -> dict[str, Any]:
     """Both as plain values, with tuples as lists: what :func:`config_of` and :func:`export_of` read."""
-    return {"config": _plain(asdict(config)), "export": _plain(asdict(export))}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    return [_plain(part) for part in value] if isinstance(value, tuple) else value
+    return {"config": plain(config), "export": plain(export)}
 
 
 def config_of(state: dict[str, Any]) -> QuantConfig:
