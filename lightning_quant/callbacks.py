@@ -82,7 +82,7 @@ def _check_trainer(trainer: Any, *, trains_quantized: bool) -> None:
             + ("activations to fake quantize. " if trains_quantized else "weights to start from. ")
             + "Use Trainer(precision='32-true')."
         )
-    ours = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, _Base)]
+    ours = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, QuantizationCallback)]
     if len(ours) > 1:
         raise ConfigError(
             f"the Trainer has {len(ours)} quantization callbacks, {' and '.join(ours)}: they would undo each other. "
@@ -133,7 +133,7 @@ _OF_A_RUN: dict[str, Any] = {
 }
 
 
-class _Base(Callback):
+class QuantizationCallback(Callback):
     """What both callbacks do: find the targets before the run, and run the int8 model in ``test``."""
 
     def __init__(self, config: QuantConfig, method: Method, export: ExportConfig) -> None:
@@ -159,7 +159,7 @@ class _Base(Callback):
         self._captured: Capture | None = None
         self._loaded: dict[str, Any] | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Base:
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizationCallback:
         """A callback belongs to its Trainer: copies of a module that holds it, ours among them, share it."""
         return self
 
@@ -259,7 +259,7 @@ class _Base(Callback):
         self._take_off(pl_module)
 
 
-class PostTrainingQuantization(_Base):
+class PostTrainingQuantization(QuantizationCallback):
     """Calibrate on the val dataloader, convert to int8, export, verify and report.
 
     In ``fit`` training is untouched, and quantization follows it; in ``validate`` it follows validation. Afterwards
@@ -367,7 +367,7 @@ class PostTrainingQuantization(_Base):
         self._put_int8(pl_module)
 
 
-class QuantizationAwareTraining(_Base):
+class QuantizationAwareTraining(QuantizationCallback):
     """Train with fake quantize, then convert to int8, export, verify and report.
 
     The module keeps its layers, its Parameters and the keys of its ``state_dict``; observers are stored beside it in

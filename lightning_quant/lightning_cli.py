@@ -10,7 +10,7 @@ from typing import Any
 from jsonargparse import get_loader, set_loader
 
 from lightning_quant._roots import ROOTS
-from lightning_quant.callbacks import PostTrainingQuantization, QuantizationAwareTraining
+from lightning_quant.callbacks import QuantizationCallback
 from lightning_quant.config import near, plain
 from lightning_quant.errors import ConfigError, QuantizationError
 from lightning_quant.recipes import RECIPES
@@ -68,15 +68,14 @@ def quant_cli(lightning_cli: Any) -> Any:
 def _with_quantize(lightning_cli: Any) -> Any:
     class QuantCLI(lightning_cli):
         def init_parser(self, **kwargs: Any) -> Any:
-            self.parser_class: Any = _naming_recipes(self.parser_class)
+            self.parser_class: Any = _naming_choices(self.parser_class)
             kwargs.setdefault("parser_mode", read_recipes())
             return super().init_parser(**kwargs)
 
         # not add_arguments_to_parser, which is for users, who seldom call that of the class above
         def add_core_arguments_to_parser(self, parser: Any) -> None:
             super().add_core_arguments_to_parser(parser)
-            kinds = (PostTrainingQuantization, QuantizationAwareTraining)
-            parser.add_subclass_arguments(kinds, "quantize", required=False, help=_HELP)
+            parser.add_subclass_arguments(QuantizationCallback, "quantize", required=False, help=_HELP)
 
         def instantiate_classes(self) -> None:
             try:
@@ -105,22 +104,27 @@ def _own_error(error: BaseException | None) -> QuantizationError | None:
     return error
 
 
-#: What jsonargparse says of a value that is neither a file nor a group of settings.
-_UNKNOWN = re.compile(r"Parser key \"(?:[\w.]+\.)?config\":\s+Unable to load config '([^']*)'")
+#: What jsonargparse says of a value that is neither a file nor a group of settings, and of one that is no class.
+_NO_CONFIG = re.compile(r"Parser key \"(?:[\w.]+\.)?config\":\s+Unable to load config '([^']*)'")
+_NO_CLASS = re.compile(
+    r"Parser key \"(?:[\w.]+\.)?quantize\":(?!.*Problem with given class_path 'lightning_quant)", re.S
+)
 
 
 @functools.cache
-def _naming_recipes(parser_class: Any) -> Any:
-    """A parser whose errors say which recipes there are."""
+def _naming_choices(parser_class: Any) -> Any:
+    """A parser whose errors say which recipes and which callbacks there are, where jsonargparse does not know it."""
 
     class Parser(parser_class):
         def error(self, message: str, ex: Exception | None = None) -> Any:
-            found = _UNKNOWN.search(message)
-            if found and "recipe" not in message:
+            config = _NO_CONFIG.search(message)
+            if config and "no recipe" not in message:
                 message += (
-                    f"\n{found[1]!r} is no recipe, and no file with settings. {near(found[1], RECIPES)} Recipes: "
+                    f"\n{config[1]!r} is no recipe, and no file with settings. {near(config[1], RECIPES)} Recipes: "
                     f"{', '.join(RECIPES)}."
                 )
+            elif _NO_CLASS.search(message):
+                message += "\n--quantize takes PostTrainingQuantization or QuantizationAwareTraining."
             return super().error(message, ex)
 
     return Parser
