@@ -228,7 +228,7 @@ def export_checkpoint(
     check_writable(export.path)
     module = _restored(module, path, whole)
     with isolated_rng():
-        data = _validation_data(module, _made_datamodule(datamodule, path))
+        data = validation_data_of(module, _made_datamodule(datamodule, path))
         sample = sample_without_trainer(module, data, _example(state))
         captured = _captured(module, sample, config, state["observers"])
         graphs = trained_graphs(module, captured, config, state, f"{path}: this checkpoint")
@@ -327,7 +327,7 @@ def _made_datamodule(datamodule: Any, path: Path) -> Any:
         ) from error
 
 
-def _validation_data(module: Any, datamodule: Any) -> ValidationData | None:
+def validation_data_of(module: Any, datamodule: Any) -> ValidationData | None:
     """All validation batches of the datamodule, else of the module; None: there are none."""
     root = root_of(module)
     overridden = root.utilities.model_helpers.is_overridden

@@ -40,6 +40,7 @@ LAYERS = (
     ("figures",),
     ("pipeline",),
     ("from_checkpoint",),
+    ("plan",),
     ("callbacks",),
     ("demo",),
     ("lightning_cli",),
@@ -49,7 +50,8 @@ LAYERS = (
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 
 KNOW_LIGHTNING = (
-    "evaluate", "inputs", "tuning", "parts", "pipeline", "from_checkpoint", "callbacks", "demo", "lightning_cli", "cli",
+    "evaluate", "inputs", "tuning", "parts", "pipeline", "from_checkpoint", "plan", "callbacks", "demo",
+    "lightning_cli", "cli",
 )  # fmt: skip
 LIGHTNING = ("pytorch_lightning", "lightning", "lightning_fabric")
 # torch.quantization is the old name of torch.ao.quantization
