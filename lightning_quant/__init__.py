@@ -18,6 +18,7 @@ from lightning_quant.errors import (
 )
 from lightning_quant.exporters import export
 from lightning_quant.from_checkpoint import export_checkpoint
+from lightning_quant.planning import Plan, PlannedLayer, plan
 from lightning_quant.report import FormatReport, QuantReport
 from lightning_quant.runtime import load
 
@@ -34,6 +35,8 @@ __all__ = [
     "LayerConfig",
     "LayerRow",
     "MissingExtraError",
+    "Plan",
+    "PlannedLayer",
     "PostTrainingQuantization",
     "QuantConfig",
     "QuantReport",
@@ -46,6 +49,7 @@ __all__ = [
     "export",
     "export_checkpoint",
     "load",
+    "plan",
     "prepare",
     "recipes",
 ]

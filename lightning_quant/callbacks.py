@@ -61,6 +61,7 @@ from lightning_quant.pipeline import (
     put_files,
 )
 from lightning_quant.placement import ToGraph, divert, restore
+from lightning_quant.planning import Plan, plan_of
 from lightning_quant.rank_steps import RankSteps
 from lightning_quant.ranks import check_ranks, merge_ranks
 from lightning_quant.report import QuantReport, modified, report_of
@@ -136,7 +137,7 @@ _OF_A_RUN: dict[str, Any] = {
 class QuantizationCallback(Callback):
     """What both callbacks do: find the targets before the run, and run the int8 model in ``test``."""
 
-    def __init__(self, config: QuantConfig, method: Method, export: ExportConfig) -> None:
+    def __init__(self, config: QuantConfig, method: Method, export: ExportConfig, plan_only: bool) -> None:
         super().__init__()
         if not isinstance(config, QuantConfig):
             raise ConfigError(f"config={config!r}: give a QuantConfig, e.g. lightning_quant.recipes.int8_static.")
@@ -149,6 +150,9 @@ class QuantizationCallback(Callback):
         self.config = config
         self.method: Method = method
         self.export = export
+        self.plan_only = plan_only
+        #: With ``plan_only``: the plan of the last run.
+        self.plan: Plan | None = None
         self._report: QuantReport | None = None
         self._written: int | None = None
         self._quantized_model: Any = None
@@ -196,6 +200,16 @@ class QuantizationCallback(Callback):
             self._captured = capture(pl_module, self._sample, self.config, self.method)
         _check_dtypes(pl_module, self._captured)
         return self._sample, self._captured
+
+    def _plan(self, trainer: Any, pl_module: Any) -> None:
+        """Write what would be done; after it, this callback does nothing in the run."""
+        team = all_ranks()
+        taken, captured = team.by_each(lambda: self._capture(trainer, pl_module))
+        with isolated_rng(), torch.device("cpu"):
+            self.plan = team.by_each(lambda: plan_of(pl_module, captured, taken, self.config, self.method))
+        path = self.export.path / "plan.yaml"
+        team.by_first(lambda: self.plan.write(path) if self.plan else None)
+        log.info("plan_only: the plan is in %s. The run goes on in float, as it would without this callback.", path)
 
     def _finish(
         self, trainer: Any, pl_module: Any, graphs: Graphs, data: ValidationData | None, **metrics: Any
@@ -270,6 +284,8 @@ class PostTrainingQuantization(QuantizationCallback):
         method: ``static`` calibrates activations on the val dataloader; ``dynamic`` takes their ranges at run time.
         calibration_batches: How many batches are observed, on each process; None: all.
         export: Which files are written, and where.
+        plan_only: Write ``plan.yaml`` into the folder of ``export``, which says what would be done with each layer,
+            before training or validation begins, and do nothing else: the run goes on as without this callback.
 
     Raises:
         ConfigError: The config cannot do the method, or a format that was named cannot be written.
@@ -286,6 +302,7 @@ class PostTrainingQuantization(QuantizationCallback):
         method: PostTrainingMethod = "static",
         calibration_batches: int | None = None,
         export: ExportConfig = ExportConfig(),
+        plan_only: bool = False,
     ) -> None:
         if method not in ("static", "dynamic"):
             raise ConfigError(
@@ -295,7 +312,7 @@ class PostTrainingQuantization(QuantizationCallback):
         is_count = isinstance(calibration_batches, int) and not isinstance(calibration_batches, bool)
         if calibration_batches is not None and (not is_count or calibration_batches < 1):
             raise ConfigError(f"calibration_batches={calibration_batches!r}: give 1 or more, or None for all.")
-        super().__init__(config, method, export)
+        super().__init__(config, method, export, plan_only)
         self.calibration_batches = calibration_batches
         self._data: ValidationData | None = None
 
@@ -315,9 +332,12 @@ class PostTrainingQuantization(QuantizationCallback):
                 "define validation_step, and leave limit_val_batches above 0. Or use method='dynamic', which needs no "
                 "data."
             )
-        if not trainer.fast_dev_run:
+        if self.plan_only or not trainer.fast_dev_run:
             all_ranks().by_first(lambda: check_writable(self.export.path))
         # the layers of LightningModule.setup and configure_model exist only after these
+        if self.plan_only:
+            after_method(pl_module, "configure_model", lambda module: self._plan(trainer, module))
+            return
         after_method(pl_module, "configure_model", lambda module: self._captured_by_each(trainer, module))
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
@@ -334,6 +354,8 @@ class PostTrainingQuantization(QuantizationCallback):
 
     def _quantize(self, trainer: Any, pl_module: Any) -> None:
         self._take_off(pl_module)
+        if self.plan_only:
+            return
         assert self._captured is not None
         all_ranks().give(state_of(pl_module))
         self._data = validation_data(trainer)
@@ -357,6 +379,8 @@ class PostTrainingQuantization(QuantizationCallback):
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
         """Run the int8 model; with ``ckpt_path``, that of the checkpoint's weights, calibrated afresh."""
+        if self.plan_only:
+            return
         if self._loaded is not None:
             log.info("test: the checkpoint's weights are calibrated and converted to int8 afresh.")
             captured = self._captured or self._capture(trainer, pl_module)[1]
@@ -379,6 +403,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         freeze_observers_epoch: From this epoch on, ranges of activations stay as they are; None: never.
         freeze_batch_norm_epoch: From this epoch on, batch norms use and keep their running statistics; None: never.
         export: Which files are written, and where.
+        plan_only: Write ``plan.yaml`` into the folder of ``export``, which says what would be done with each layer,
+            before training begins, and do nothing else: training is float training, as without this callback.
 
     Raises:
         ConfigError: The config cannot train, a format that was named cannot be written, or epochs are out of order.
@@ -396,8 +422,9 @@ class QuantizationAwareTraining(QuantizationCallback):
         freeze_observers_epoch: int | None = None,
         freeze_batch_norm_epoch: int | None = None,
         export: ExportConfig = ExportConfig(),
+        plan_only: bool = False,
     ) -> None:
-        super().__init__(config, "qat", export)
+        super().__init__(config, "qat", export, plan_only)
         self.schedule = Schedule(
             start_epoch=start_epoch,
             freeze_observers_epoch=freeze_observers_epoch,
@@ -426,8 +453,11 @@ class QuantizationAwareTraining(QuantizationCallback):
                 _check_trainer(trainer, trains_quantized=False)
             return
         _check_trainer(trainer, trains_quantized=True)
-        if not trainer.fast_dev_run:
+        if self.plan_only or not trainer.fast_dev_run:
             all_ranks().by_first(lambda: check_writable(self.export.path))
+        if self.plan_only:
+            after_method(pl_module, "configure_model", lambda module: self._plan(trainer, module))
+            return
         after_method(pl_module, "configure_model", lambda module: self._prepare(trainer, module))
         after_method(pl_module, "on_save_checkpoint", self._save)
 
@@ -473,6 +503,8 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """The weights are restored and on their device; optimizers are made, and their states not yet restored."""
+        if self.plan_only:
+            return
         relink(pl_module)
         self._phases = Phases(pl_module)
         self._scales = train_scales(self._graphs(pl_module), trainer.optimizers)
@@ -541,6 +573,8 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """The module is on the CPU and unwrapped; the weights are those that it holds now."""
+        if self.plan_only:
+            return
         # batch norms of the other ranks have the statistics of their own last batch
         team = all_ranks()
         team.give(state_of(pl_module))
@@ -573,6 +607,8 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
         """Run the int8 model; with ``ckpt_path``, that of the checkpoint's weights and observers."""
+        if self.plan_only:
+            return
         if self._loaded is not None:
             label = "test(ckpt_path=...): this checkpoint"
             check_quantized(self._loaded, label)

@@ -87,6 +87,11 @@ def left_float(config: QuantConfig, model: nn.Module) -> dict[str, str]:
     return {name: reason for name, reason in left.items() if name not in around_int8}
 
 
+def no_kernel(kind: type[nn.Module], method: Method) -> str:
+    """Why a layer of a type that is not ``QUANTIZABLE`` stays in float."""
+    return f"method {method!r} has no int8 kernel for a {kind.__name__}"
+
+
 def check_int8(config: QuantConfig, float_layers: Mapping[str, str], model: nn.Module, method: Method) -> None:
     """Refuse entries that say ``dtype="int8"`` of a layer, by its name, which cannot be.
 
@@ -106,7 +111,7 @@ def check_int8(config: QuantConfig, float_layers: Mapping[str, str], model: nn.M
             continue
         kind, reason = type(modules[name]), float_layers.get(name)
         if reason is None and isinstance(modules[name], WEIGHTED) and not issubclass(kind, QUANTIZABLE[method]):
-            reason = f"method {method!r} has no int8 kernel for a {kind.__name__}"
+            reason = no_kernel(kind, method)
         if reason is not None:
             raise ConfigError(
                 f"LayerConfig(name={name!r}, dtype='int8'): it stays in float: {reason}. Leave out this entry, or "

@@ -98,7 +98,8 @@ def load(name_or_file: str | Path) -> QuantConfig:
     parser.add_class_arguments(QuantConfig, "config")
     try:
         parsed: Any = parser.parse_args([f"--config={path}"])
-        config: QuantConfig = parser.instantiate_classes(parsed).config
+        make: Any = getattr(parser, "instantiate", None) or parser.instantiate_classes  # the name before 4.49
+        config: QuantConfig = make(parsed).config
     except ArgumentError as error:
         raise ConfigError(f"{path}: this is no QuantConfig. {error}") from error
     return config

@@ -40,7 +40,7 @@ LAYERS = (
     ("figures",),
     ("pipeline",),
     ("from_checkpoint",),
-    ("plan",),
+    ("planning",),
     ("callbacks",),
     ("demo",),
     ("lightning_cli",),
@@ -50,7 +50,7 @@ LAYERS = (
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 
 KNOW_LIGHTNING = (
-    "evaluate", "inputs", "tuning", "parts", "pipeline", "from_checkpoint", "plan", "callbacks", "demo",
+    "evaluate", "inputs", "tuning", "parts", "pipeline", "from_checkpoint", "planning", "callbacks", "demo",
     "lightning_cli", "cli",
 )  # fmt: skip
 LIGHTNING = ("pytorch_lightning", "lightning", "lightning_fabric")

@@ -14,19 +14,20 @@ import yaml
 
 from lightning_quant._roots import ROOTS, detached_modules
 from lightning_quant._torch_ao import quiet
-from lightning_quant.analysis.coverage import Coverage, LayerRow, coverage
+from lightning_quant.analysis.coverage import NO_KERNEL, Coverage, LayerRow, coverage
 from lightning_quant.backends import as_call, capture_targets
 from lightning_quant.backends.graph import info
-from lightning_quant.capture import Capture, record_calls, weight_layers
+from lightning_quant.capture import LEFT_BY_SKIP, Capture, record_calls, weight_layers
 from lightning_quant.config import LayerConfig, Method, QuantConfig, TensorSpec, check_method, plain
 from lightning_quant.errors import ConfigError
 from lightning_quant.evaluate import copy_of, evaluate
 from lightning_quant.figures import as_users_know_it, float_layers, fused_groups
 from lightning_quant.from_checkpoint import validation_data_of
 from lightning_quant.inputs import Sample, isolated_rng, sample_without_trainer
+from lightning_quant.layers import LEFT_BY_LAYERS, no_kernel
 from lightning_quant.parts import Graphs, Quantized, convert_module
 from lightning_quant.pipeline import prepare_graphs
-from lightning_quant.qconfig import EMBEDDINGS, config_of_layer, in_words
+from lightning_quant.qconfig import EMBEDDINGS, QUANTIZABLE, config_of_layer, in_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +97,13 @@ class Plan:
     @property
     def edited(self) -> QuantConfig:
         """The config with an entry for each layer, by its name: what :meth:`to_yaml` writes."""
-        own = {layer.name for layer in self.layers}
-        entries = [entry for entry in self.config.layers if entry.name not in own]
-        return replace(self.config, layers=(*entries, *(entry for layer in self.layers if (entry := _entry(layer)))))
+        entries = [entry for layer in self.layers if (entry := _entry(layer))]
+        return replace(self.config, layers=(*self._others(), *entries))
+
+    def _others(self) -> list[LayerConfig]:
+        """Entries that speak of more than one layer, or of one that has no entry of the plan."""
+        own = {layer.name for layer in self.layers if _entry(layer)}
+        return [entry for entry in self.config.layers if entry.name not in own]
 
     def to_yaml(self) -> str:
         """A QuantConfig, with a remark above each layer. ``dtype: int8`` may be changed to ``dtype: float``, and back.
@@ -108,8 +113,7 @@ class Plan:
         settings = {name: value for name, value in plain(self.config).items() if name != "layers"}
         lines = [f"# {text}" for text in self._head()]
         lines += yaml.safe_dump(settings, sort_keys=False).splitlines()
-        own = {layer.name for layer in self.layers}
-        items = [_item(entry) for entry in self.config.layers if entry.name not in own]
+        items = [_item(entry) for entry in self._others()]
         for layer in self.layers:
             entry = _entry(layer)
             items.append([f"# {text}" for text in self._remarks(layer)] + ([] if entry is None else _item(entry)))
@@ -168,9 +172,10 @@ def _shown(spec: TensorSpec) -> str:
 
 
 def _entry(layer: PlannedLayer) -> LayerConfig | None:
-    """What the file says of a layer; None: it does not run, or another entry says it in words of its own."""
+    """What the file says of a layer: a choice. None: there is none, or another entry says it in words of its own."""
     entry = layer.entry
-    if not layer.runs or (entry is not None and (entry.keep or entry.quantized)):
+    chosen = layer.int8 or layer.reason in (LEFT_BY_LAYERS, LEFT_BY_SKIP)
+    if not chosen or not layer.runs or (entry is not None and (entry.keep or entry.quantized)):
         return None
     name = escape(layer.name)
     if not layer.int8:
@@ -341,6 +346,8 @@ def _layer(
     )
     if not ran:
         return replace(found, reason=own.get(name, "the batch does not run it"))
+    if not issubclass(kind, QUANTIZABLE[method]) and own.get(name, NO_KERNEL) == NO_KERNEL:
+        return replace(found, int8=False, reason=no_kernel(kind, method))
     if not found.int8:
         return replace(found, reason=own.get(name) or next(iter(own.values())))
     if issubclass(kind, EMBEDDINGS):
