@@ -19,6 +19,7 @@ from lightning_quant.errors import (
 from lightning_quant.exporters import export
 from lightning_quant.from_checkpoint import export_checkpoint
 from lightning_quant.planning import Plan, PlannedLayer, plan
+from lightning_quant.post_training import quantize_checkpoint
 from lightning_quant.report import FormatReport, QuantReport
 from lightning_quant.runtime import load
 
@@ -51,5 +52,6 @@ __all__ = [
     "load",
     "plan",
     "prepare",
+    "quantize_checkpoint",
     "recipes",
 ]

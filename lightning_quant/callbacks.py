@@ -55,6 +55,7 @@ from lightning_quant.phases import FLOAT, Phase, Phases, Schedule, observer_stat
 from lightning_quant.pipeline import (
     calibrate,
     capture,
+    check_dtypes,
     deliver,
     loaded_model,
     prepare_graphs,
@@ -89,17 +90,6 @@ def _check_trainer(trainer: Any, *, trains_quantized: bool) -> None:
             f"the Trainer has {len(ours)} quantization callbacks, {' and '.join(ours)}: they would undo each other. "
             "Give one."
         )
-
-
-def _check_dtypes(module: Any, captured: Capture) -> None:
-    """Int8 kernels are made from float32 weights."""
-    for target in captured.targets:
-        for name, parameter in module.get_submodule(target.name).named_parameters():
-            if parameter.is_floating_point() and parameter.dtype != torch.float32:
-                raise ConfigError(
-                    f"{target.label}: {name} is {str(parameter.dtype).removeprefix('torch.')}, and int8 is made from "
-                    "float32 weights. Call .float() on the module before the run."
-                )
 
 
 def _write_state(checkpoint: dict[str, Any], state: dict[str, Any]) -> None:
@@ -198,7 +188,7 @@ class QuantizationCallback(Callback):
                 trains_quantized=self.method == "qat" and trainer.state.fn.value == "fit",
             )
             self._captured = capture(pl_module, self._sample, self.config, self.method)
-        _check_dtypes(pl_module, self._captured)
+        check_dtypes(pl_module, self._captured)
         return self._sample, self._captured
 
     def _plan(self, trainer: Any, pl_module: Any) -> None:

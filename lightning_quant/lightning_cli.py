@@ -68,7 +68,7 @@ def quant_cli(lightning_cli: Any) -> Any:
 def _with_quantize(lightning_cli: Any) -> Any:
     class QuantCLI(lightning_cli):
         def init_parser(self, **kwargs: Any) -> Any:
-            self.parser_class: Any = _naming_choices(self.parser_class)
+            self.parser_class: Any = naming_choices(self.parser_class)
             kwargs.setdefault("parser_mode", read_recipes())
             return super().init_parser(**kwargs)
 
@@ -112,7 +112,7 @@ _NO_CLASS = re.compile(
 
 
 @functools.cache
-def _naming_choices(parser_class: Any) -> Any:
+def naming_choices(parser_class: Any) -> Any:
     """A parser whose errors say which recipes and which callbacks there are, where jsonargparse does not know it."""
 
     class Parser(parser_class):

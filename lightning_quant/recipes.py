@@ -78,6 +78,12 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
 )
 
 
+def made(parser: ArgumentParser, parsed: Any) -> Any:
+    """What was parsed, with the objects that it describes."""
+    instantiate: Any = getattr(parser, "instantiate", None) or parser.instantiate_classes  # the name before 4.49
+    return instantiate(parsed)
+
+
 def load(name_or_file: str | Path) -> QuantConfig:
     """A recipe by its name, or the QuantConfig in a YAML file, such as an edited plan.
 
@@ -98,8 +104,7 @@ def load(name_or_file: str | Path) -> QuantConfig:
     parser.add_class_arguments(QuantConfig, "config")
     try:
         parsed: Any = parser.parse_args([f"--config={path}"])
-        make: Any = getattr(parser, "instantiate", None) or parser.instantiate_classes  # the name before 4.49
-        config: QuantConfig = make(parsed).config
+        config: QuantConfig = made(parser, parsed).config
     except ArgumentError as error:
         raise ConfigError(f"{path}: this is no QuantConfig. {error}") from error
     return config

@@ -40,18 +40,18 @@ LAYERS = (
     ("figures",),
     ("pipeline",),
     ("from_checkpoint",),
-    ("planning",),
+    ("planning", "post_training"),
     ("callbacks",),
     ("demo",),
-    ("lightning_cli",),
+    ("lightning_cli", "tables"),
     ("cli",),
     ("__init__",),
 )
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 
 KNOW_LIGHTNING = (
-    "evaluate", "inputs", "tuning", "parts", "pipeline", "from_checkpoint", "planning", "callbacks", "demo",
-    "lightning_cli", "cli",
+    "evaluate", "inputs", "tuning", "parts", "pipeline", "from_checkpoint", "planning", "post_training", "callbacks",
+    "demo", "lightning_cli", "cli",
 )  # fmt: skip
 LIGHTNING = ("pytorch_lightning", "lightning", "lightning_fabric")
 # torch.quantization is the old name of torch.ao.quantization
