@@ -257,7 +257,7 @@ def read(path: Path, function: str = "lightning_quant.export_checkpoint") -> dic
             "trust it, allow the classes that it holds (of hyperparameters, for example) with "
             f"torch.serialization.add_safe_globals, and call {function}."
         ) from error
-    except (RuntimeError, EOFError) as error:
+    except (RuntimeError, EOFError, LookupError, ValueError) as error:  # what torch's unpickler raises of any bytes
         raise ArtifactError(f"{path}: cannot be read as a checkpoint: {first_line(error)}") from error
     if not isinstance(whole, dict) or "state_dict" not in whole:
         raise ArtifactError(f"{path}: this is no checkpoint of Lightning. Give one that a Trainer has saved.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -69,6 +69,11 @@ def quantize_checkpoint(
         ExportError: A file could not be written, or computes something else.
     """
     config = config or QuantConfig()
+    if method not in get_args(PostTrainingMethod):
+        raise ConfigError(
+            f"quantize_checkpoint(method={method!r}): give 'static' or 'dynamic'. To train with fake quantize, use "
+            "QuantizationAwareTraining."
+        )
     export = ExportConfig(directory=directory, formats=None if formats is None else tuple(formats))  # type: ignore[arg-type]  # checked by ExportConfig
     check_method(config, method)
     check_classes(config)

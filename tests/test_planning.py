@@ -297,3 +297,16 @@ def test_with_validate_and_test_and_fast_dev_run() -> None:
     assert [path.name for path in Path("out").iterdir()] == ["plan.yaml"]
     trainer.test(module, datamodule=datamodule, verbose=False)
     assert callback.quantized_model is None
+
+
+def test_without_validation_data_and_without_forward() -> None:
+    """The targets alone are run, by what the training step gave them."""
+    callback = QuantizationAwareTraining(export=ExportConfig(directory="out"), plan_only=True)
+    module = modules.StepsOnly()
+    modules.trainer(callback, max_epochs=1, limit_train_batches=1).fit(module, modules.train_loader())
+    batch = len(next(iter(modules.train_loader()))[0])
+    assert callback.plan.source == "training_step"
+    assert [(layer.name, layer.int8, layer.macs) for layer in callback.plan.layers] == [
+        ("encoder.0", True, batch * 64 * 8 * 9),
+        ("head", True, batch * 128 * 10),
+    ]

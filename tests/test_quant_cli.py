@@ -321,8 +321,14 @@ COMMON = [
 ]
 
 
-@pytest.mark.parametrize("root", [root.__name__ for root in ROOTS])
-@pytest.mark.parametrize("way", ["flags", "yaml"])
+@pytest.mark.parametrize(
+    ("root", "way"),
+    [
+        pytest.param(root.__name__, way, marks=() if (root, way) == (ROOTS[-1], "yaml") else pytest.mark.slow)
+        for root in ROOTS
+        for way in ("flags", "yaml")
+    ],
+)
 def test_a_program(root: str, way: str, tmp_path: Path) -> None:
     """Flags: a LightningCLI that was not changed. YAML: ours, with a recipe."""
     name = "LightningCLI" if way == "flags" else "quant_cli(LightningCLI)"
