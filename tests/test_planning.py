@@ -303,7 +303,9 @@ def test_without_validation_data_and_without_forward() -> None:
     """The targets alone are run, by what the training step gave them."""
     callback = QuantizationAwareTraining(export=ExportConfig(directory="out"), plan_only=True)
     module = modules.StepsOnly()
-    modules.trainer(callback, max_epochs=1, limit_train_batches=1).fit(module, modules.train_loader())
+    modules.trainer(callback, max_epochs=1, limit_train_batches=1, limit_val_batches=0).fit(
+        module, modules.train_loader()
+    )
     batch = len(next(iter(modules.train_loader()))[0])
     assert callback.plan.source == "training_step"
     assert [(layer.name, layer.int8, layer.macs) for layer in callback.plan.layers] == [
