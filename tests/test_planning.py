@@ -299,6 +299,7 @@ def test_with_validate_and_test_and_fast_dev_run() -> None:
     assert callback.quantized_model is None
 
 
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 def test_without_validation_data_and_without_forward() -> None:
     """The targets alone are run, by what the training step gave them."""
     callback = QuantizationAwareTraining(export=ExportConfig(directory="out"), plan_only=True)
