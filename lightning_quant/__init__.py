@@ -1,5 +1,6 @@
 """Quantize any LightningModule to int8 with one callback: calibrated or trained, verified, exported."""
 
+from lightning_quant import recipes
 from lightning_quant.analysis.coverage import Coverage, LayerRow, coverage
 from lightning_quant.backends import convert, prepare
 from lightning_quant.callbacks import PostTrainingQuantization, QuantizationAwareTraining
@@ -17,6 +18,8 @@ from lightning_quant.errors import (
 )
 from lightning_quant.exporters import export
 from lightning_quant.from_checkpoint import export_checkpoint
+from lightning_quant.planning import Plan, PlannedLayer, plan
+from lightning_quant.post_training import quantize_checkpoint
 from lightning_quant.report import FormatReport, QuantReport
 from lightning_quant.runtime import load
 
@@ -33,6 +36,8 @@ __all__ = [
     "LayerConfig",
     "LayerRow",
     "MissingExtraError",
+    "Plan",
+    "PlannedLayer",
     "PostTrainingQuantization",
     "QuantConfig",
     "QuantReport",
@@ -45,5 +50,8 @@ __all__ = [
     "export",
     "export_checkpoint",
     "load",
+    "plan",
     "prepare",
+    "quantize_checkpoint",
+    "recipes",
 ]

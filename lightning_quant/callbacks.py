@@ -27,7 +27,15 @@ from lightning_quant.attachment import (
 from lightning_quant.backends import check_classes
 from lightning_quant.backends.graph import info, is_initialised
 from lightning_quant.capture import Capture
-from lightning_quant.config import ExportConfig, Method, QuantConfig, check_method, resolve, resolve_formats
+from lightning_quant.config import (
+    ExportConfig,
+    Method,
+    PostTrainingMethod,
+    QuantConfig,
+    check_method,
+    resolve,
+    resolve_formats,
+)
 from lightning_quant.errors import CalibrationError, ConfigError
 from lightning_quant.evaluate import ValidationData, copy_of, evaluate, validation_data
 from lightning_quant.exporters import check_writable
@@ -47,12 +55,14 @@ from lightning_quant.phases import FLOAT, Phase, Phases, Schedule, observer_stat
 from lightning_quant.pipeline import (
     calibrate,
     capture,
+    check_dtypes,
     deliver,
     loaded_model,
     prepare_graphs,
     put_files,
 )
 from lightning_quant.placement import ToGraph, divert, restore
+from lightning_quant.planning import Plan, plan_of
 from lightning_quant.rank_steps import RankSteps
 from lightning_quant.ranks import check_ranks, merge_ranks
 from lightning_quant.report import QuantReport, modified, report_of
@@ -74,23 +84,12 @@ def _check_trainer(trainer: Any, *, trains_quantized: bool) -> None:
             + ("activations to fake quantize. " if trains_quantized else "weights to start from. ")
             + "Use Trainer(precision='32-true')."
         )
-    ours = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, _Base)]
+    ours = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, QuantizationCallback)]
     if len(ours) > 1:
         raise ConfigError(
             f"the Trainer has {len(ours)} quantization callbacks, {' and '.join(ours)}: they would undo each other. "
             "Give one."
         )
-
-
-def _check_dtypes(module: Any, captured: Capture) -> None:
-    """Int8 kernels are made from float32 weights."""
-    for target in captured.targets:
-        for name, parameter in module.get_submodule(target.name).named_parameters():
-            if parameter.is_floating_point() and parameter.dtype != torch.float32:
-                raise ConfigError(
-                    f"{target.label}: {name} is {str(parameter.dtype).removeprefix('torch.')}, and int8 is made from "
-                    "float32 weights. Call .float() on the module before the run."
-                )
 
 
 def _write_state(checkpoint: dict[str, Any], state: dict[str, Any]) -> None:
@@ -125,13 +124,13 @@ _OF_A_RUN: dict[str, Any] = {
 }
 
 
-class _Base(Callback):
+class QuantizationCallback(Callback):
     """What both callbacks do: find the targets before the run, and run the int8 model in ``test``."""
 
-    def __init__(self, config: QuantConfig, method: Method, export: ExportConfig) -> None:
+    def __init__(self, config: QuantConfig, method: Method, export: ExportConfig, plan_only: bool) -> None:
         super().__init__()
         if not isinstance(config, QuantConfig):
-            raise ConfigError(f"config={config!r}: give a QuantConfig.")
+            raise ConfigError(f"config={config!r}: give a QuantConfig, e.g. lightning_quant.recipes.int8_static.")
         if not isinstance(export, ExportConfig):
             raise ConfigError(f"export={export!r}: give an ExportConfig.")
         check_method(config, method)
@@ -141,6 +140,9 @@ class _Base(Callback):
         self.config = config
         self.method: Method = method
         self.export = export
+        self.plan_only = plan_only
+        #: With ``plan_only``: the plan of the last run.
+        self.plan: Plan | None = None
         self._report: QuantReport | None = None
         self._written: int | None = None
         self._quantized_model: Any = None
@@ -151,7 +153,7 @@ class _Base(Callback):
         self._captured: Capture | None = None
         self._loaded: dict[str, Any] | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Base:
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizationCallback:
         """A callback belongs to its Trainer: copies of a module that holds it, ours among them, share it."""
         return self
 
@@ -186,8 +188,18 @@ class _Base(Callback):
                 trains_quantized=self.method == "qat" and trainer.state.fn.value == "fit",
             )
             self._captured = capture(pl_module, self._sample, self.config, self.method)
-        _check_dtypes(pl_module, self._captured)
+        check_dtypes(pl_module, self._captured)
         return self._sample, self._captured
+
+    def _plan(self, trainer: Any, pl_module: Any) -> None:
+        """Write what would be done; after it, this callback does nothing in the run."""
+        team = all_ranks()
+        taken, captured = team.by_each(lambda: self._capture(trainer, pl_module))
+        with isolated_rng(), torch.device("cpu"):
+            self.plan = team.by_each(lambda: plan_of(pl_module, captured, taken, self.config, self.method))
+        path = self.export.path / "plan.yaml"
+        team.by_first(lambda: self.plan.write(path) if self.plan else None)
+        log.info("plan_only: the plan is in %s. The run goes on in float, as it would without this callback.", path)
 
     def _finish(
         self, trainer: Any, pl_module: Any, graphs: Graphs, data: ValidationData | None, **metrics: Any
@@ -251,7 +263,7 @@ class _Base(Callback):
         self._take_off(pl_module)
 
 
-class PostTrainingQuantization(_Base):
+class PostTrainingQuantization(QuantizationCallback):
     """Calibrate on the val dataloader, convert to int8, export, verify and report.
 
     In ``fit`` training is untouched, and quantization follows it; in ``validate`` it follows validation. Afterwards
@@ -262,6 +274,8 @@ class PostTrainingQuantization(_Base):
         method: ``static`` calibrates activations on the val dataloader; ``dynamic`` takes their ranges at run time.
         calibration_batches: How many batches are observed, on each process; None: all.
         export: Which files are written, and where.
+        plan_only: Write ``plan.yaml`` into the folder of ``export``, which says what would be done with each layer,
+            before training or validation begins, and do nothing else: the run goes on as without this callback.
 
     Raises:
         ConfigError: The config cannot do the method, or a format that was named cannot be written.
@@ -275,9 +289,10 @@ class PostTrainingQuantization(_Base):
         self,
         config: QuantConfig = QuantConfig(),
         *,
-        method: Method = "static",
+        method: PostTrainingMethod = "static",
         calibration_batches: int | None = None,
         export: ExportConfig = ExportConfig(),
+        plan_only: bool = False,
     ) -> None:
         if method not in ("static", "dynamic"):
             raise ConfigError(
@@ -287,7 +302,7 @@ class PostTrainingQuantization(_Base):
         is_count = isinstance(calibration_batches, int) and not isinstance(calibration_batches, bool)
         if calibration_batches is not None and (not is_count or calibration_batches < 1):
             raise ConfigError(f"calibration_batches={calibration_batches!r}: give 1 or more, or None for all.")
-        super().__init__(config, method, export)
+        super().__init__(config, method, export, plan_only)
         self.calibration_batches = calibration_batches
         self._data: ValidationData | None = None
 
@@ -307,9 +322,12 @@ class PostTrainingQuantization(_Base):
                 "define validation_step, and leave limit_val_batches above 0. Or use method='dynamic', which needs no "
                 "data."
             )
-        if not trainer.fast_dev_run:
+        if self.plan_only or not trainer.fast_dev_run:
             all_ranks().by_first(lambda: check_writable(self.export.path))
         # the layers of LightningModule.setup and configure_model exist only after these
+        if self.plan_only:
+            after_method(pl_module, "configure_model", lambda module: self._plan(trainer, module))
+            return
         after_method(pl_module, "configure_model", lambda module: self._captured_by_each(trainer, module))
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
@@ -326,6 +344,8 @@ class PostTrainingQuantization(_Base):
 
     def _quantize(self, trainer: Any, pl_module: Any) -> None:
         self._take_off(pl_module)
+        if self.plan_only:
+            return
         assert self._captured is not None
         all_ranks().give(state_of(pl_module))
         self._data = validation_data(trainer)
@@ -349,6 +369,8 @@ class PostTrainingQuantization(_Base):
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
         """Run the int8 model; with ``ckpt_path``, that of the checkpoint's weights, calibrated afresh."""
+        if self.plan_only:
+            return
         if self._loaded is not None:
             log.info("test: the checkpoint's weights are calibrated and converted to int8 afresh.")
             captured = self._captured or self._capture(trainer, pl_module)[1]
@@ -359,7 +381,7 @@ class PostTrainingQuantization(_Base):
         self._put_int8(pl_module)
 
 
-class QuantizationAwareTraining(_Base):
+class QuantizationAwareTraining(QuantizationCallback):
     """Train with fake quantize, then convert to int8, export, verify and report.
 
     The module keeps its layers, its Parameters and the keys of its ``state_dict``; observers are stored beside it in
@@ -371,6 +393,8 @@ class QuantizationAwareTraining(_Base):
         freeze_observers_epoch: From this epoch on, ranges of activations stay as they are; None: never.
         freeze_batch_norm_epoch: From this epoch on, batch norms use and keep their running statistics; None: never.
         export: Which files are written, and where.
+        plan_only: Write ``plan.yaml`` into the folder of ``export``, which says what would be done with each layer,
+            before training begins, and do nothing else: training is float training, as without this callback.
 
     Raises:
         ConfigError: The config cannot train, a format that was named cannot be written, or epochs are out of order.
@@ -388,8 +412,9 @@ class QuantizationAwareTraining(_Base):
         freeze_observers_epoch: int | None = None,
         freeze_batch_norm_epoch: int | None = None,
         export: ExportConfig = ExportConfig(),
+        plan_only: bool = False,
     ) -> None:
-        super().__init__(config, "qat", export)
+        super().__init__(config, "qat", export, plan_only)
         self.schedule = Schedule(
             start_epoch=start_epoch,
             freeze_observers_epoch=freeze_observers_epoch,
@@ -418,8 +443,11 @@ class QuantizationAwareTraining(_Base):
                 _check_trainer(trainer, trains_quantized=False)
             return
         _check_trainer(trainer, trains_quantized=True)
-        if not trainer.fast_dev_run:
+        if self.plan_only or not trainer.fast_dev_run:
             all_ranks().by_first(lambda: check_writable(self.export.path))
+        if self.plan_only:
+            after_method(pl_module, "configure_model", lambda module: self._plan(trainer, module))
+            return
         after_method(pl_module, "configure_model", lambda module: self._prepare(trainer, module))
         after_method(pl_module, "on_save_checkpoint", self._save)
 
@@ -465,6 +493,8 @@ class QuantizationAwareTraining(_Base):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """The weights are restored and on their device; optimizers are made, and their states not yet restored."""
+        if self.plan_only:
+            return
         relink(pl_module)
         self._phases = Phases(pl_module)
         self._scales = train_scales(self._graphs(pl_module), trainer.optimizers)
@@ -533,6 +563,8 @@ class QuantizationAwareTraining(_Base):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """The module is on the CPU and unwrapped; the weights are those that it holds now."""
+        if self.plan_only:
+            return
         # batch norms of the other ranks have the statistics of their own last batch
         team = all_ranks()
         team.give(state_of(pl_module))
@@ -565,6 +597,8 @@ class QuantizationAwareTraining(_Base):
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
         """Run the int8 model; with ``ckpt_path``, that of the checkpoint's weights and observers."""
+        if self.plan_only:
+            return
         if self._loaded is not None:
             label = "test(ckpt_path=...): this checkpoint"
             check_quantized(self._loaded, label)

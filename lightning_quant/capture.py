@@ -106,6 +106,8 @@ class Capture:
         return tuple(sorted(name.removeprefix(prefix) for name in self.skipped if name.startswith(prefix)))
 
 
+LEFT_BY_SKIP = "left float by 'skip'"
+
 #: The attribute of an exception that names the innermost submodule that raised it.
 FAILED_IN = "_lightning_quant_failed_in"
 
@@ -261,6 +263,7 @@ def find_targets(
     method: Method,
     targets: tuple[str, ...] = (),
     skip: tuple[str, ...] = (),
+    left: Mapping[str, str] = {},
     whole: Mapping[str, str] = {},
     prefer_children: bool = False,
 ) -> Capture:
@@ -277,7 +280,8 @@ def find_targets(
             are, and raises :class:`CaptureError` where the forward itself cannot be captured.
         method: Which kinds of layers can be quantized depends on it.
         targets: Names or patterns to restrict the search to.
-        skip: Names or patterns that stay float.
+        skip: Names or patterns that stay float, with all that is inside.
+        left: Names of further submodules that stay float, each for itself -> why.
         whole: Names of submodules that are called as they are -> why. Nothing inside them is a target.
         prefer_children: For a LightningModule: its own forward is a target only if it has layers of its own.
 
@@ -291,7 +295,8 @@ def find_targets(
     wanted = matching(targets, modules, "targets")
     kinds = QUANTIZABLE[method]
     found: list[Target] = []
-    reasons: dict[str, str] = {name: "left float by 'skip'" for name in skipped}
+    reasons: dict[str, str] = {**{name: LEFT_BY_SKIP for name in skipped}, **left}
+    skipped |= left.keys()
 
     def visit(name: str, module: nn.Module, allowed: bool) -> None:
         allowed = allowed or name in wanted

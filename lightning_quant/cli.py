@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import json as _json
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from jsonargparse import CLI
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from jsonargparse import ArgumentParser
 
 from lightning_quant import demo as _demo
-from lightning_quant.analysis.comparison import Comparison, read_data
+from lightning_quant._roots import ROOTS
 from lightning_quant.analysis.comparison import compare as _compare
-from lightning_quant.analysis.kernels import SHOWN, kernels
-from lightning_quant.config import LayerConfig, QuantConfig, TensorSpec
+from lightning_quant.analysis.comparison import read_data
+from lightning_quant.config import Method, PostTrainingMethod, QuantConfig
 from lightning_quant.custom import load_class
-from lightning_quant.errors import ArtifactError, MissingExtraError, QuantizationError
-from lightning_quant.formatting import shown_bytes, shown_db, shown_number, shown_shape, shown_threads
+from lightning_quant.errors import ArtifactError, ConfigError, QuantizationError, first_line
+from lightning_quant.formatting import shown_db
 from lightning_quant.from_checkpoint import export_checkpoint
-from lightning_quant.runtime import files_of, load, read_metadata
+from lightning_quant.lightning_cli import naming_choices, quant_cli, read_recipes
+from lightning_quant.planning import plan as _plan
+from lightning_quant.post_training import check_pair, load_pair, quantize_checkpoint
+from lightning_quant.recipes import made
+from lightning_quant.report import QuantReport
+from lightning_quant.runtime import read_metadata
+from lightning_quant.tables import print_comparison, print_file
+
+
+def __getattr__(name: str) -> Any:
+    """``QuantCLI``: that of ``pytorch_lightning``, else of ``lightning``, made when it is asked for."""
+    if name != "QuantCLI":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return quant_cli(import_module(f"{ROOTS[0].__name__}.cli").LightningCLI)
 
 
 def demo(directory: str = "demo_quantized", epochs: int = 4, seed: int = 0) -> None:
@@ -52,30 +61,7 @@ def inspect(file: str, json: bool = False, full: bool = False) -> None:
     if json:
         sys.stdout.write(_json.dumps(metadata, indent=2) + "\n")
         return
-    console = Console()
-    _print_table(console, str(path), ("", ""), _facts(path, metadata))
-    settings = _settings(metadata["config"], full)
-    if settings:
-        title = "settings" if full else "settings that differ from the defaults"
-        _print_table(console, title, ("setting", "value"), settings)
-    inputs = zip(
-        metadata["tensors"],
-        map(shown_shape, metadata["shapes"]),
-        map(shown_shape, metadata["input_shapes"]),
-        metadata["input_dtypes"],
-        strict=True,
-    )
-    _print_table(console, "inputs (*: any size)", ("name", "shape", "exported with", "dtype"), inputs)
-    outputs = zip(metadata["outputs"], metadata["output_dtypes"], strict=True)
-    _print_table(console, "outputs", ("name", "dtype"), outputs)
-    if metadata["metrics"]:
-        title = "metrics of the model"
-        _print_table(console, title, ("", *metadata["metrics"]), _metrics(metadata["metrics"]), right=True)
-    if metadata["left_float"]:
-        names = ", ".join(name or "everything" for name in metadata["left_float"])
-        console.print(f"in float in this file, because its runtime is faster so: {names}", markup=False)
-    if path.name.endswith(SHOWN):
-        console.print(_kernels(path), markup=False)
+    print_file(path, metadata, full)
 
 
 def compare(
@@ -96,7 +82,7 @@ def compare(
     """
     tensors = None if data is None else read_data(data, read_metadata(first))
     found = _compare(first, second, tensors, batch_size=batch_size)
-    _print_comparison(first, second, found)
+    print_comparison(first, second, found)
     if min_sqnr is not None and found.sqnr_db < min_sqnr:
         raise ArtifactError(
             f"{second}: {shown_db(found.sqnr_db)} against {first}, and --min-sqnr asks for {min_sqnr:g} dB."
@@ -120,33 +106,156 @@ def export(
         directory: Where the files go. Default: as in training.
         formats: Which files, e.g. [torchscript,onnx]. Default: as in training.
     """
-    if "" not in sys.path and os.getcwd() not in sys.path:  # as python -m does
-        sys.path.insert(0, os.getcwd())
     export_checkpoint(
         checkpoint,
-        load_class(model, f"--model {model}"),
-        datamodule=None if data is None else load_class(data, f"--data {data}"),
+        _class(model, "--model"),
+        datamodule=None if data is None else _class(data, "--data"),
         directory=directory,
         formats=formats,
     ).print()
 
 
+def ptq(
+    checkpoint: str,
+    *,
+    model: str,
+    data: str | None = None,
+    config: QuantConfig = QuantConfig(),
+    method: PostTrainingMethod = "static",
+    calibration_batches: int | None = None,
+    directory: str = "quantized",
+    formats: list[str] | None = None,
+) -> None:
+    """Make an int8 model from a float checkpoint: calibrate, convert, export, verify and report.
+
+    Args:
+        checkpoint: Saved by a Trainer. No code in it is run.
+        model: Import path of the LightningModule, e.g. my_package.MyModule.
+        data: Import path of a LightningDataModule. Default: the dataloaders of the module.
+        config: The name of a recipe, e.g. int8_static, or a YAML file, such as an edited plan.
+        method: static calibrates on validation data; dynamic takes ranges at run time.
+        calibration_batches: How many batches are observed. Default: all.
+        directory: Where the files go.
+        formats: Which files, e.g. [torchscript,onnx]. Default: those that can be written.
+    """
+    quantize_checkpoint(
+        checkpoint,
+        _class(model, "--model"),
+        config,
+        method=method,
+        datamodule=None if data is None else _class(data, "--data"),
+        calibration_batches=calibration_batches,
+        directory=directory,
+        formats=formats,
+    ).print()
+
+
+def plan(
+    *,
+    model: str,
+    checkpoint: str | None = None,
+    data: str | None = None,
+    config: QuantConfig = QuantConfig(),
+    method: Method = "static",
+    output: str | None = None,
+) -> None:
+    """Write what would be done with each layer, as YAML that can be edited and given to ptq as its config.
+
+    Args:
+        model: Import path of the LightningModule, e.g. my_package.MyModule.
+        checkpoint: Saved by a Trainer: the module is made from its hyperparameters. Default: made without arguments.
+        data: Import path of a LightningDataModule. Default: the dataloaders or the example_input_array of the module.
+        config: The name of a recipe, e.g. int8_static, or a YAML file.
+        method: dynamic, static or qat.
+        output: The file to write. Default: show it.
+    """
+    module: Any = _class(model, "--model")
+    datamodule: Any = None if data is None else _class(data, "--data")
+    if checkpoint is None:
+        module = _without_arguments(module, "--model")
+        module.configure_model()
+        datamodule = None if datamodule is None else _without_arguments(datamodule, "--data")
+        check_pair(module, datamodule)
+    else:
+        module, datamodule = load_pair(Path(checkpoint), module, datamodule)
+    found = _plan(module, config, method, datamodule=datamodule)
+    if output is None:
+        sys.stdout.write(found.to_yaml())
+    else:
+        found.write(output)
+        sys.stdout.write(f"{output}: {found.coverage:.1%} of the multiply-accumulates in int8\n")
+
+
+def report(path: str) -> None:
+    """Show a report again.
+
+    Args:
+        path: The folder that a run has written, or its report.json.
+    """
+    QuantReport.load(path).print()
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
+    "plan": plan,
+    "ptq": ptq,
     "export": export,
     "inspect": inspect,
     "compare": compare,
+    "report": report,
 }
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command; errors of this package are shown without a traceback."""
     try:
-        CLI(COMMANDS, args=_spelled(sys.argv[1:] if args is None else args))
+        _run(_spelled(sys.argv[1:] if args is None else args))
     except QuantizationError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     return 0
+
+
+def _run(args: Sequence[str]) -> None:
+    # not jsonargparse's own CLI, which keeps --config for itself
+    kind, mode = naming_choices(ArgumentParser), read_recipes()
+    parser = kind(prog="lightning-quant", description="Int8 models of LightningModules.", parser_mode=mode)
+    commands = parser.add_subcommands()
+    for name, function in COMMANDS.items():
+        first = str(function.__doc__).partition("\n")[0]
+        own = kind(description=first, parser_mode=mode)
+        own.add_function_arguments(function, as_group=False, as_positional=True, sub_configs=True)
+        commands.add_subcommand(name, own, help=first)
+    parsed = made(parser, parser.parse_args(args))
+    COMMANDS[parsed.subcommand](**parsed[parsed.subcommand])
+
+
+def _class(path: str, option: str) -> type[Any]:
+    """The class at an import path, also of a module in the current folder.
+
+    Raises:
+        ConfigError: There is none, or it is not of the kind that the option asks for.
+    """
+    if "" not in sys.path and os.getcwd() not in sys.path:  # as python -m does
+        sys.path.insert(0, os.getcwd())
+    found = load_class(path, f"{option} {path}")
+    kind = {"--model": "LightningModule", "--data": "LightningDataModule"}[option]
+    if not issubclass(found, tuple(getattr(root, kind) for root in ROOTS)):
+        roots = " or ".join(root.__name__ for root in ROOTS)
+        raise ConfigError(f"{option} {path}: this class is no {kind} of {roots}. Give the import path of one.")
+    return found
+
+
+def _without_arguments(kind: Any, option: str) -> Any:
+    """An object of a class."""
+    try:
+        return kind()
+    except TypeError as error:
+        raise ConfigError(
+            f"{option} {kind.__qualname__} cannot be made without arguments: {first_line(error)}. Give --checkpoint, "
+            "which has the arguments of a class that calls self.save_hyperparameters(), or call lightning_quant.plan "
+            "with what you have made."
+        ) from error
 
 
 def _spelled(args: Sequence[str]) -> list[str]:
@@ -162,105 +271,3 @@ def _spelled(args: Sequence[str]) -> list[str]:
             arg = f"{option}=true" if option in flags and not equals else option + equals + value
         spelled.append(arg)
     return spelled
-
-
-# ---- what is shown
-
-
-def _print_table(console: Console, title: str, head: Sequence[str], rows: Any, right: bool = False) -> None:
-    """A table below its title; ``right``: all columns but the first are figures. Without a head, it has none."""
-    table = Table(show_header=any(head))
-    for number, text in enumerate(head):
-        table.add_column(text, justify="right" if right and number else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console.print(title, markup=False, highlight=False, soft_wrap=True)
-    console.print(table)
-
-
-def _facts(path: Path, metadata: dict[str, Any]) -> list[tuple[str, str]]:
-    files = [file for file in files_of(path) if file.is_file()]
-    missing = [file.name for file in files_of(path) if not file.is_file()]
-    labels = metadata["class_labels"]
-    facts = {
-        "format": metadata["format"],
-        "method": metadata["method"],
-        "target": metadata["target"] or "forward",
-        "written by": f"lightning_quant {metadata['lightning_quant']}, torch {metadata['torch']}",
-        "size": shown_bytes(sum(file.stat().st_size for file in files)),
-        "weights": f"{', '.join(missing)} is not beside it" if missing else "",
-        "class labels": "" if labels is None else ", ".join(map(str, labels)),
-    }
-    return [(name, value) for name, value in facts.items() if value]
-
-
-def _settings(config: dict[str, Any], full: bool) -> list[tuple[str, str]]:
-    """``("activation.observer", "percentile")`` of each setting; without ``full``, of those that differ."""
-    usual = dict(_flat(_json.loads(_json.dumps(asdict(QuantConfig())))))
-    usual |= {f"layers[].{field.name}": field.default for field in fields(LayerConfig)}
-    spec = _flat(asdict(TensorSpec()))
-    usual |= {f"layers[].{kind}.{name}": value for kind in ("activation", "weight") for name, value in spec}
-    found = [(name, value, re.sub(r"\[\d+\]", "[]", name)) for name, value in _flat(config)]
-    return [(name, _json.dumps(value)) for name, value, key in found if full or key not in usual or value != usual[key]]
-
-
-def _flat(values: dict[str, Any], above: str = "") -> list[tuple[str, Any]]:
-    """``("layers[0].weight.dtype", "auto")``: the values inside of containers, with their names."""
-    found: list[tuple[str, Any]] = []
-    for name, value in values.items():
-        if isinstance(value, dict):
-            found += _flat(value, f"{above}{name}.")
-        elif isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
-            found += _flat({f"{name}[{i}]": part for i, part in enumerate(value)}, above)
-        else:
-            found.append((above + name, value))
-    return found
-
-
-def _metrics(metrics: dict[str, dict[str, float]]) -> list[tuple[str, ...]]:
-    names = sorted({name for values in metrics.values() for name in values})
-    return [(name, *(shown_number(values.get(name)) for values in metrics.values())) for name in names]
-
-
-def _kernels(path: Path) -> str:
-    """What the file's runtime makes of it, where it is installed."""
-    try:
-        load(path)  # says what is wrong with a file that cannot be run
-        found = kernels(path)
-    except MissingExtraError as error:
-        return f"int8 kernels: {error}"
-    except ImportError as error:
-        return f"int8 kernels: the package {error.name!r} is not installed"
-    assert found is not None  # as it is for these files
-    return (
-        f"int8 kernels: {found.int8} of {found.int8 + found.floating} (convolutions and matrix products). Quantize and "
-        f"dequantize that stayed steps of their own: {found.conversions}"
-    )
-
-
-def _print_comparison(first: str, second: str, found: Comparison) -> None:
-    console = Console()
-    outputs = [
-        (
-            output.name,
-            "" if output.sqnr_db is None else shown_db(output.sqnr_db),
-            f"{output.max_abs_difference:.4g}",
-            "" if output.agreement is None else f"{100 * output.agreement:.2f} %",
-        )
-        for output in found.outputs
-    ]
-    samples = f"{found.samples} sample{'s' * (found.samples != 1)}"
-    head = ("output", "SQNR", "largest difference", "agreement")
-    _print_table(console, f"{second} against {first}, {samples}", head, outputs, right=True)
-    title = f"one call with a batch of {found.batch_size}, {shown_threads(found.num_threads)}"
-    rows = [
-        (name, f"{latency:.3f} ms", shown_bytes(size))
-        for name, latency, size in zip((first, second), found.latency_ms, found.size_bytes, strict=True)
-    ]
-    _print_table(console, title, ("file", "latency", "size"), rows, right=True)
-    if found.random:
-        console.print(
-            "The data was random, and not what the ranges were taken from: these figures say little of real data. "
-            "Give some with --data FILE.",
-            markup=False,
-        )

@@ -9,12 +9,13 @@ from __future__ import annotations
 import difflib
 import platform
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
+from jsonargparse.typing import restricted_string_type
 
 from lightning_quant.custom import load_class, path_of
 from lightning_quant.errors import ConfigError, MissingExtraError
@@ -22,6 +23,7 @@ from lightning_quant.errors import ConfigError, MissingExtraError
 BackendName = Literal["fx", "eager", "torchscript", "pt2e"]
 EngineName = Literal["auto", "x86", "fbgemm", "onednn", "qnnpack"]
 Method = Literal["dynamic", "static", "qat"]
+PostTrainingMethod = Literal["static", "dynamic"]
 FormatName = Literal["torchscript", "onnx", "openvino", "pt2", "aoti"]
 JitName = Literal["trace", "script"]
 DtypeName = Literal["auto", "quint8", "qint8"]
@@ -29,6 +31,12 @@ QschemeName = Literal[
     "auto", "per_tensor_affine", "per_tensor_symmetric", "per_channel_affine", "per_channel_symmetric"
 ]
 ObserverName = Literal["auto", "histogram", "percentile", "entropy", "min_max", "moving_average"]
+RoundingName = Literal["auto", "learned"]
+LayerDtype = Literal["int8", "float"]
+
+ClassPath = str
+if not TYPE_CHECKING:  # so that a command line refuses what is neither a word of ours nor a path
+    ClassPath = restricted_string_type("ClassPath", r"^\S+\.\S+$", docstring="Import path of a class.")
 
 #: (backend, method) -> the formats that it can write, the native one first. A cell that is not here is in ``REFUSED``.
 SUPPORT: dict[tuple[str, str], tuple[FormatName, ...]] = {
@@ -119,9 +127,9 @@ class TensorSpec:
 
     dtype: DtypeName = "auto"
     qscheme: QschemeName = "auto"
-    observer: str = "auto"
+    observer: ObserverName | ClassPath = "auto"
     percentile: float = 99.99
-    fake_quantize: str = "auto"
+    fake_quantize: RoundingName | ClassPath = "auto"
 
     def __post_init__(self) -> None:
         if isinstance(self.percentile, bool) or not 50 < self.percentile <= 100:
@@ -133,7 +141,7 @@ class TensorSpec:
             ("dtype", get_args(DtypeName)),
             ("qscheme", get_args(QschemeName)),
             ("observer", get_args(ObserverName)),
-            ("fake_quantize", ("auto", "learned")),
+            ("fake_quantize", get_args(RoundingName)),
         )
         for name, choices in named:
             value = getattr(self, name)
@@ -161,6 +169,8 @@ class LayerConfig:
         type: Class of a submodule, or its import path, e.g. ``torch.nn.Linear``. Subclasses match as well.
         activation: How what the layers give is quantized. None: as everywhere.
         weight: How their weights are quantized. None: as everywhere.
+        dtype: ``float`` leaves them in float. ``int8`` takes layers back that a farther entry or ``skip`` leaves in
+            float; said of a layer by its own name, it is an error if the layer stays in float for another reason.
         keep: Call them as they are and in float; their code is not captured.
         observed: With ``quantized``: the class, or its import path, of the module that runs in the place of the layer
             while ranges are observed or trained; made by ``observed.from_float(layer)``. None: the layer itself.
@@ -179,6 +189,7 @@ class LayerConfig:
     type: str | None = None
     activation: TensorSpec | None = None
     weight: TensorSpec | None = None
+    dtype: LayerDtype | None = None
     keep: bool = False
     observed: str | None = None
     quantized: str | None = None
@@ -198,13 +209,15 @@ class LayerConfig:
             if spec is not None and not isinstance(spec, TensorSpec):
                 raise ConfigError(f"{shown}: {field_name}={spec!r}: give a TensorSpec.")
         _check_specs("LayerConfig", self.activation, self.weight)
+        if self.dtype is not None:
+            _check_choice("LayerConfig", "dtype", self.dtype, get_args(LayerDtype))
         if self.observed and not self.quantized:
             raise ConfigError(f"{shown}: observed={self.observed!r} needs quantized=..., the module that follows it.")
-        specs = self.activation is not None or self.weight is not None
-        if (self.keep, specs, self.quantized is not None).count(True) != 1:
+        int8 = self.activation is not None or self.weight is not None or self.dtype == "int8"
+        if (int8, self.dtype == "float", self.keep, self.quantized is not None).count(True) != 1:
             raise ConfigError(
-                f"{shown}: give one of: activation and weight, or keep=True, or quantized=... To leave layers in "
-                "float, use QuantConfig(skip=...)."
+                f"{shown}: give one of: activation and weight (or dtype='int8' alone), or dtype='float', or keep=True, "
+                "or quantized=..."
             )
 
 
@@ -237,8 +250,8 @@ class QuantConfig:
         weight: How weights are quantized.
         targets: Names (or ``fnmatch`` patterns) of the submodules to quantize. Empty: found automatically.
         skip: Names (or ``fnmatch`` patterns) of submodules left in float. A pattern that matches nothing is an error.
-        layers: What is different for some layers: other observers or schemes, a user's own classes, modules to keep
-            whole. An entry that matches nothing is an error.
+        layers: What is different for some layers: other observers or schemes, float, a user's own classes, modules to
+            keep whole. An entry that matches nothing is an error.
         reduce_range: Quantize weights to 7 bits. Needed on x86 CPUs without VNNI, whose int8 multiply-add saturates at
             16 bits. None: decided from this CPU, and written into every file.
         jit: With ``backend="torchscript"``: ``trace`` or ``script`` the model.
@@ -349,6 +362,22 @@ class ExportConfig:
     def path(self) -> Path:
         """The folder as a path."""
         return Path(self.directory)
+
+
+def plain(config: QuantConfig | ExportConfig) -> dict[str, Any]:
+    """All settings as YAML has them: dicts, lists, texts and numbers.
+
+    >>> plain(ExportConfig(formats=("onnx",)))["formats"]
+    ['onnx']
+    """
+    values: dict[str, Any] = _plain(asdict(config))
+    return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, tuple) else value
 
 
 def formats_of(config: QuantConfig, method: Method) -> tuple[FormatName, ...]:

@@ -22,7 +22,7 @@ def path_of(value: object, setting: str) -> str:
     'builtins.dict'
     """
     if isinstance(value, str):
-        return value
+        return str(value)  # of a command line it may be a class of text
     if not isinstance(value, type):
         raise ConfigError(f"{setting}: {value!r} is no class. Give a class, or its import path as a text.")
     path = f"{value.__module__}.{value.__qualname__}"

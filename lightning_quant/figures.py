@@ -211,6 +211,11 @@ def covered_by(quantized: Quantized, captured: Capture, sample: Sample, parts: l
     else:
         rows = [row for part in parts for row in coverage(part.program.converted, part.program.data).rows]
         found = Coverage(tuple(rows))
+    return as_users_know_it(found, quantized, captured)
+
+
+def as_users_know_it(found: Coverage, quantized: Quantized, captured: Capture) -> Coverage:
+    """The rows of the int8 module, with the names that layers have in the float one, and why some stay float."""
     places = {
         child: name
         for name, graph in quantized.converted.items()

@@ -17,7 +17,7 @@ import pickle
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from lightning_quant.config import (
     QuantConfig,
     TensorSpec,
     check_method,
+    plain,
     resolve_formats,
 )
 from lightning_quant.errors import ArtifactError, CaptureError, ConfigError, ExportError, QuantizationError, first_line
@@ -56,13 +57,7 @@ _METHOD: Method = "qat"
 
 def settings(config: QuantConfig, export: ExportConfig) -> dict[str, Any]:
     """Both as plain values, with tuples as lists: what :func:`config_of` and :func:`export_of` read."""
-    return {"config": _plain(asdict(config)), "export": _plain(asdict(export))}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    return [_plain(part) for part in value] if isinstance(value, tuple) else value
+    return {"config": plain(config), "export": plain(export)}
 
 
 def config_of(state: dict[str, Any]) -> QuantConfig:
@@ -220,7 +215,8 @@ def export_checkpoint(
         ExportError: A file could not be written, or computes something else.
     """
     path = Path(checkpoint)
-    state, whole = _read(path)
+    whole = read(path)
+    state = whole.get(CHECKPOINT_KEY, {})
     check_quantized(state, f"{path}: this checkpoint")
     config = config_of(state)
     export = export_of(state)
@@ -231,17 +227,26 @@ def export_checkpoint(
     check_method(config, _METHOD)
     resolve_formats(config, _METHOD, export)
     check_writable(export.path)
-    module = _restored(module, path, whole)
+    module = restored(module, path, whole)
     with isolated_rng():
-        data = _validation_data(module, _made_datamodule(datamodule, path))
+        data = validation_data_of(module, made_datamodule(datamodule, path))
         sample = sample_without_trainer(module, data, _example(state))
         captured = _captured(module, sample, config, state["observers"])
         graphs = trained_graphs(module, captured, config, state, f"{path}: this checkpoint")
         return deliver(convert_module(module, graphs), captured, sample, data, config, _METHOD, export)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``(checkpoint["lightning_quant"], checkpoint)``."""
+def read(path: Path, function: str = "lightning_quant.export_checkpoint") -> dict[str, Any]:
+    """A checkpoint of Lightning, read without running code in it.
+
+    Args:
+        path: Of the file.
+        function: What to call where the command cannot help, for messages.
+
+    Raises:
+        ConfigError: There is no such file.
+        ArtifactError: It is no checkpoint, or holds more than tensors and plain values.
+    """
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such file. Give a checkpoint of a training.")
     try:
@@ -250,31 +255,43 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ArtifactError(
             f"{path}: {first_line(error)} A checkpoint is read without running code in it. If this is one, and you "
             "trust it, allow the classes that it holds (of hyperparameters, for example) with "
-            "torch.serialization.add_safe_globals, and call lightning_quant.export_checkpoint."
+            f"torch.serialization.add_safe_globals, and call {function}."
         ) from error
-    except (RuntimeError, EOFError) as error:
+    except (RuntimeError, EOFError, LookupError, ValueError) as error:  # what torch's unpickler raises of any bytes
         raise ArtifactError(f"{path}: cannot be read as a checkpoint: {first_line(error)}") from error
     if not isinstance(whole, dict) or "state_dict" not in whole:
         raise ArtifactError(f"{path}: this is no checkpoint of Lightning. Give one that a Trainer has saved.")
-    return whole.get(CHECKPOINT_KEY, {}), whole
+    return whole
 
 
-def _restored(module: Any, path: Path, whole: dict[str, Any]) -> Any:
-    """A LightningModule with the weights of a checkpoint, on the CPU."""
+def restored(
+    module: Any, path: Path, whole: dict[str, Any], function: str = "lightning_quant.export_checkpoint"
+) -> Any:
+    """A LightningModule with the weights of a checkpoint, on the CPU.
+
+    Args:
+        module: It, or its class, which is made from the hyperparameters of the checkpoint.
+        path: Of the checkpoint.
+        whole: From :func:`read`.
+        function: What to call where the command cannot help, for messages.
+
+    Raises:
+        ConfigError: It cannot be made, or the weights are those of another module.
+    """
     if isinstance(module, tuple(root.LightningModule for root in ROOTS)):
-        restored: Any = copy_of(module)
-        restored.on_load_checkpoint(whole)
-        return _with_weights(restored, path, whole)
+        twin: Any = copy_of(module)
+        twin.on_load_checkpoint(whole)
+        return _with_weights(twin, path, whole)
     _check_class(module, "module", "LightningModule")
     try:
-        restored = _loaded(module, path)
+        made = _loaded(module, path)
     except TypeError as error:
         raise ConfigError(
             f"{module.__name__} cannot be made from {path}: {first_line(error)}. The checkpoint has the arguments of a "
             "module that calls self.save_hyperparameters() in its __init__. For another one call "
-            "lightning_quant.export_checkpoint with a module that you have made."
+            f"{function} with a module that you have made."
         ) from error
-    return _with_weights(restored, path, whole)
+    return _with_weights(made, path, whole)
 
 
 def _check_class(value: Any, name: str, of: str) -> None:
@@ -292,13 +309,13 @@ def _loaded(module: Any, path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found keys that are")
-            restored = module.load_from_checkpoint(path, map_location="cpu", strict=False, weights_only=True)
+            made = module.load_from_checkpoint(path, map_location="cpu", strict=False, weights_only=True)
     except RuntimeError as error:
         if not _does_not_fit(error):
             raise
         raise _another_module(path, error) from error
-    restored.setup("fit")
-    return restored
+    made.setup("fit")
+    return made
 
 
 def _does_not_fit(error: RuntimeError) -> bool:
@@ -317,8 +334,13 @@ def _with_weights(module: Any, path: Path, whole: dict[str, Any]) -> Any:
     return module.cpu()
 
 
-def _made_datamodule(datamodule: Any, path: Path) -> Any:
-    if not inspect.isclass(datamodule):
+def made_datamodule(datamodule: Any, path: Path, function: str = "lightning_quant.export_checkpoint") -> Any:
+    """A datamodule: it, or made from its class and the hyperparameters of the checkpoint.
+
+    Raises:
+        ConfigError: It cannot be made.
+    """
+    if datamodule is None or not inspect.isclass(datamodule):
         return datamodule
     _check_class(datamodule, "datamodule", "LightningDataModule")
     kind: Any = datamodule
@@ -328,11 +350,11 @@ def _made_datamodule(datamodule: Any, path: Path) -> Any:
         raise ConfigError(
             f"{datamodule.__name__} cannot be made from {path}: {first_line(error)}. The checkpoint has the arguments "
             "of a datamodule that calls self.save_hyperparameters() in its __init__. For another one call "
-            "lightning_quant.export_checkpoint with a datamodule that you have made."
+            f"{function} with a datamodule that you have made."
         ) from error
 
 
-def _validation_data(module: Any, datamodule: Any) -> ValidationData | None:
+def validation_data_of(module: Any, datamodule: Any) -> ValidationData | None:
     """All validation batches of the datamodule, else of the module; None: there are none."""
     root = root_of(module)
     overridden = root.utilities.model_helpers.is_overridden

@@ -8,9 +8,11 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from lightning_quant.config import LayerConfig, near
+from lightning_quant.capture import LEFT_BY_SKIP, matching
+from lightning_quant.config import LayerConfig, Method, QuantConfig, near
 from lightning_quant.custom import load_class
 from lightning_quant.errors import ConfigError
+from lightning_quant.qconfig import QUANTIZABLE, WEIGHTED
 
 
 def nearest(entries: tuple[LayerConfig, ...], model: nn.Module) -> dict[str, LayerConfig]:
@@ -37,15 +39,84 @@ def nearest(entries: tuple[LayerConfig, ...], model: nn.Module) -> dict[str, Lay
             raise ConfigError(f"LayerConfig(name={entry.name!r}, type={entry.type!r}) matches no submodule. {hint}")
     found: dict[str, LayerConfig] = {}
     for name in modules:
-        around = [name, *_parents(name)]
-        numbers = next((matched[place] for place in around if matched.get(place)), None)
-        if not numbers:
+        counts = _nearest(entries, matched, name)
+        if counts is None:
             continue
-        number = _first(entries, numbers)
-        entry = entries[number]
-        if number in matched[name] or not (entry.keep or entry.quantized):
+        entry = entries[counts]
+        if counts in matched[name] or not (entry.keep or entry.quantized):
             found[name] = replace(entry, name=name, type=None)
     return found
+
+
+def _nearest(entries: tuple[LayerConfig, ...], matched: Mapping[str, list[int]], name: str) -> int | None:
+    """The number of the entry that counts for the module ``name``."""
+    numbers = next((matched[place] for place in [name, *_parents(name)] if matched.get(place)), None)
+    return None if not numbers else _first(entries, numbers)
+
+
+LEFT_BY_LAYERS = "left float by 'layers'"
+
+
+def left_float(config: QuantConfig, model: nn.Module) -> dict[str, str]:
+    """The submodules that ``skip`` and ``layers`` leave in float -> which of the two.
+
+    ``skip`` gives way to an entry of ``layers`` that says ``dtype="int8"`` and is nearer. A module that has such a one
+    inside is not among them: its other parts are.
+
+    Args:
+        config: Its patterns and entries are looked for in ``model``.
+        model: Its submodules are looked at.
+
+    Raises:
+        ConfigError: A pattern or an entry matches nothing.
+    """
+    by_layers = {name for name, entry in nearest(config.layers, model).items() if entry.dtype == "float"}
+    modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+    matching(config.skip, modules, "skip")
+    skips = tuple(LayerConfig(name=pattern, dtype="float") for pattern in config.skip)
+    rivals = (*skips, *(entry for entry in config.layers if entry.dtype == "int8"))
+    matched = {
+        name: [number for number, entry in enumerate(rivals) if _matches(entry, name, module)]
+        for name, module in modules.items()
+    }
+    by_skip = {
+        name for name in modules if (number := _nearest(rivals, matched, name)) is not None and number < len(skips)
+    }
+    left = {**dict.fromkeys(by_layers, LEFT_BY_LAYERS), **dict.fromkeys(by_skip, LEFT_BY_SKIP)}
+    around_int8 = {parent for name in modules if name not in left for parent in _parents(name)}
+    return {name: reason for name, reason in left.items() if name not in around_int8}
+
+
+def no_kernel(kind: type[nn.Module], method: Method) -> str:
+    """Why a layer of a type that is not ``QUANTIZABLE`` stays in float."""
+    return f"method {method!r} has no int8 kernel for a {kind.__name__}"
+
+
+def check_int8(config: QuantConfig, float_layers: Mapping[str, str], model: nn.Module, method: Method) -> None:
+    """Refuse entries that say ``dtype="int8"`` of a layer, by its name, which cannot be.
+
+    Args:
+        config: As the user gave it.
+        float_layers: Layer that stays float -> why.
+        model: Where the layers are.
+        method: dynamic, static or qat.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for entry in config.layers:
+        name = entry.name or ""
+        if entry.dtype != "int8" or name not in modules:
+            continue
+        kind, reason = type(modules[name]), float_layers.get(name)
+        if reason is None and isinstance(modules[name], WEIGHTED) and not issubclass(kind, QUANTIZABLE[method]):
+            reason = no_kernel(kind, method)
+        if reason is not None:
+            raise ConfigError(
+                f"LayerConfig(name={name!r}, dtype='int8'): it stays in float: {reason}. Leave out this entry, or "
+                "give dtype='float'."
+            )
 
 
 def _parents(name: str) -> list[str]:

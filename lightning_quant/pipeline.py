@@ -23,6 +23,7 @@ from lightning_quant.backends import capture_targets, prepare_target
 from lightning_quant.backends.graph import info
 from lightning_quant.capture import Capture
 from lightning_quant.config import ExportConfig, Method, QuantConfig, resolve_formats
+from lightning_quant.errors import ConfigError
 from lightning_quant.evaluate import ValidationData, copy_of, evaluate
 from lightning_quant.exporters import (
     Artifact,
@@ -63,6 +64,21 @@ def capture(module: Any, sample: Sample, config: QuantConfig, method: Method) ->
         ConfigError: A pattern matches nothing.
     """
     return capture_targets(module, sample.recordings, config, method, prefer_children=True)
+
+
+def check_dtypes(module: Any, captured: Capture) -> None:
+    """Refuse weights that are not float32, from which int8 kernels are made.
+
+    Raises:
+        ConfigError: A target has one.
+    """
+    for target in captured.targets:
+        for name, parameter in module.get_submodule(target.name).named_parameters():
+            if parameter.is_floating_point() and parameter.dtype != torch.float32:
+                raise ConfigError(
+                    f"{target.label}: {name} is {str(parameter.dtype).removeprefix('torch.')}, and int8 is made from "
+                    "float32 weights. Call .float() on the module before the run."
+                )
 
 
 def prepare_graphs(module: nn.Module, captured: Capture, config: QuantConfig, method: Method) -> Graphs:

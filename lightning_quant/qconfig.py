@@ -268,6 +268,8 @@ def _takes(kind: Any, name: str, inside: Any) -> bool:
 def config_of_layer(config: QuantConfig, name: str) -> QuantConfig:
     """``config`` as it is for the layer ``name``. ``config.layers`` are names, one entry each."""
     for layer in config.layers:
+        if layer.name == name and not layer.activation and not layer.weight:
+            return config
         if layer.name == name:
             return replace(
                 config,
@@ -287,6 +289,42 @@ def layer_qconfig(config: QuantConfig, method: Method, kind: type[nn.Module]) ->
     # no int8 kernel takes per-channel weights of a transposed convolution (pytorch/pytorch#47535)
     weight = _weight(config, method, per_tensor=kind in CONV_TRANSPOSES)
     return QConfig(activation=_activation(config, method), weight=weight)
+
+
+def in_words(config: QuantConfig, method: Method, kind: type[nn.Module]) -> tuple[TensorSpec | None, TensorSpec]:
+    """How what a layer of this type gives, and its weight, are quantized, with every ``auto`` decided.
+
+    Args:
+        config: Resolved, as it is for the layer (:func:`config_of_layer`).
+        method: dynamic, static or qat.
+        kind: The type of the layer.
+
+    Returns:
+        Of activations, None where ranges are taken at run time; and of the weight.
+    """
+    weight, activation = config.weight, config.activation
+    default = "per_tensor_symmetric" if config.engine == "qnnpack" else "per_channel_symmetric"
+    qscheme = str(_qscheme(weight, default)).removeprefix("torch.")
+    if issubclass(kind, (*CONV_TRANSPOSES, *RNNS)):
+        qscheme = qscheme.replace("per_channel", "per_tensor")
+    weight = replace(
+        weight,
+        dtype="qint8",
+        qscheme=qscheme,  # type: ignore[arg-type]
+        observer="min_max" if weight.observer == "auto" else weight.observer,
+    )
+    if method == "dynamic" or issubclass(kind, RNNS):
+        return None, weight
+    observer = {"static": "histogram", "qat": "moving_average"}[method]
+    return (
+        replace(
+            activation,
+            dtype="quint8" if activation.dtype == "auto" else activation.dtype,
+            qscheme="per_tensor_affine" if activation.qscheme == "auto" else activation.qscheme,
+            observer=observer if activation.observer == "auto" else activation.observer,
+        ),
+        weight,
+    )
 
 
 _AT_RUN_TIME = PlaceholderObserver.with_args(dtype=torch.quint8, quant_min=0, quant_max=255, is_dynamic=True)

@@ -40,14 +40,19 @@ LAYERS = (
     ("figures",),
     ("pipeline",),
     ("from_checkpoint",),
+    ("planning", "post_training"),
     ("callbacks",),
     ("demo",),
+    ("lightning_cli", "tables"),
     ("cli",),
     ("__init__",),
 )
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 
-KNOW_LIGHTNING = ("evaluate", "inputs", "tuning", "parts", "pipeline", "from_checkpoint", "callbacks", "demo", "cli")
+KNOW_LIGHTNING = (
+    "evaluate", "inputs", "tuning", "parts", "pipeline", "from_checkpoint", "planning", "post_training", "callbacks",
+    "demo", "lightning_cli", "cli",
+)  # fmt: skip
 LIGHTNING = ("pytorch_lightning", "lightning", "lightning_fabric")
 # torch.quantization is the old name of torch.ao.quantization
 TORCH_AO = ("torch.ao", "torch.quantization", "torchao")

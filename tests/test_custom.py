@@ -153,8 +153,17 @@ def test_a_class_that_is_not_what_it_is_given_for(spec: TensorSpec, method: Any,
         ),
         (
             {"name": "head"},
-            "LayerConfig(name='head', type=None): give one of: activation and weight, or keep=True, or quantized=... "
-            "To leave layers in float, use QuantConfig(skip=...).",
+            "LayerConfig(name='head', type=None): give one of: activation and weight (or dtype='int8' alone), or "
+            "dtype='float', or keep=True, or quantized=...",
+        ),
+        (
+            {"name": "head", "dtype": "float", "weight": TensorSpec()},
+            "LayerConfig(name='head', type=None): give one of: activation and weight (or dtype='int8' alone), or "
+            "dtype='float', or keep=True, or quantized=...",
+        ),
+        (
+            {"name": "head", "dtype": "int4"},
+            "LayerConfig(dtype='int4'): not one of 'int8', 'float'. Did you mean 'int8'?",
         ),
         (
             {"name": "head", "observed": OWN + "ObservedDoubled", "keep": True},

@@ -15,6 +15,8 @@ from lightning_quant import PostTrainingQuantization, QuantConfig
 ROOT = Path(__file__).parents[1]
 #: Its blocks run files without this package: test_deploy.py.
 APART = ROOT / "docs" / "deploy.md"
+#: Its blocks are files and commands: test_configuration_page.py.
+FOLLOWED = ROOT / "docs" / "configuration.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -27,7 +29,9 @@ def test_readme_has_code() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page) and page != APART], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page) and page not in (APART, FOLLOWED)], ids=lambda page: page.name
+)
 def test_code_blocks_run(page: Path, tmp_path: Path) -> None:
     program = tmp_path / "page.py"
     program.write_text("\n".join(blocks(page)), encoding="utf8")
@@ -35,7 +39,9 @@ def test_code_blocks_run(page: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "yaml")], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page, "yaml") and page != FOLLOWED], ids=lambda page: page.name
+)
 def test_yaml_blocks_are_settings_of_a_callback(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of names that older versions need
     parser = ArgumentParser(exit_on_error=False)

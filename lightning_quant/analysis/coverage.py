@@ -17,6 +17,9 @@ from lightning_quant._torch_ao import RECURRENT_MODULES, FusedModule
 from lightning_quant.backends.graph import place_of
 from lightning_quant.modes import without_fast_path
 
+#: Why a layer stays in float of which nothing else is known.
+NO_KERNEL = "no int8 kernel was placed for it"
+
 _ATEN = torch.ops.aten
 nn_recurrent = (nn.RNNBase, nn.RNNCellBase)
 
@@ -89,7 +92,7 @@ def coverage(
     for name, op, macs, int8, weighted in [(*row, True) for row in names.recurrent] + counter.found:
         reason = "" if int8 else next((r for n, r in reasons.items() if name == n or name.startswith(n + ".")), "")
         if not reason and not int8:
-            reason = "no int8 kernel was placed for it" if weighted else "a product of two activations: float by design"
+            reason = NO_KERNEL if weighted else "a product of two activations: float by design"
         rows.append(LayerRow(name, op, macs, int8, reason, weighted))
     return Coverage(tuple(rows))
 

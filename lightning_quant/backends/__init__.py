@@ -22,7 +22,7 @@ from lightning_quant.backends.tracing import LAYER
 from lightning_quant.capture import Capture, detached, find_targets, record_calls
 from lightning_quant.config import SWAPPING, Method, ObserverName, QuantConfig, check_method, resolve
 from lightning_quant.errors import CaptureError, ConfigError
-from lightning_quant.layers import nearest, relative
+from lightning_quant.layers import check_int8, left_float, nearest, relative
 from lightning_quant.placement import imitate, uncompile
 from lightning_quant.qconfig import own_classes
 
@@ -153,10 +153,11 @@ def capture_targets(
         check,
         method=method,
         targets=config.targets,
-        skip=config.skip,
+        left=left_float(config, model),
         whole=whole,
         prefer_children=prefer_children,
     )
+    check_int8(config, found.float_layers, model, method)
     return replace(found, layers=layers)
 
 
@@ -168,6 +169,8 @@ def prepare_target(model: nn.Module, capture: Capture, name: str, config: QuantC
     )
     module = model.get_submodule(name) if name else model  # a ScriptModule has no get_submodule
     prepared = backend_of(config).prepare(module, own, method, target.call, between=target.between)
+    inside = {f"{name}.{layer}" if name else layer: why for layer, why in info(prepared).float_layers.items()}
+    check_int8(config, inside, model, method)
     return named(prepared, name)
 
 
