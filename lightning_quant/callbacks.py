@@ -53,6 +53,7 @@ from lightning_quant.pipeline import (
     put_files,
 )
 from lightning_quant.placement import ToGraph, divert, restore
+from lightning_quant.precision import check_precision
 from lightning_quant.rank_steps import RankSteps
 from lightning_quant.ranks import check_ranks, merge_ranks
 from lightning_quant.report import QuantReport, modified, report_of
@@ -63,17 +64,10 @@ from lightning_quant.team import all_ranks
 log = logging.getLogger(__name__)
 
 
-def _check_trainer(trainer: Any, *, trains_quantized: bool) -> None:
+def _check_trainer(trainer: Any) -> None:
     """Refuse what would give wrong results, with the remedy."""
     check_strategy(trainer)
-    precision = str(trainer.precision)
-    half_weights = precision.endswith("-true") and precision != "32-true"
-    if half_weights or (trains_quantized and precision != "32-true"):
-        raise ConfigError(
-            f"Trainer(precision={precision!r}): quantization needs float32 "
-            + ("activations to fake quantize. " if trains_quantized else "weights to start from. ")
-            + "Use Trainer(precision='32-true')."
-        )
+    check_precision(trainer)
     ours = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, _Base)]
     if len(ours) > 1:
         raise ConfigError(
@@ -295,11 +289,11 @@ class PostTrainingQuantization(_Base):
         """Find out before any work is done what would fail after it."""
         self._take_off(pl_module)
         if stage == "test":
-            _check_trainer(trainer, trains_quantized=False)
+            _check_trainer(trainer)
             self._watch_loading(pl_module)
         if stage not in ("fit", "validate"):
             return
-        _check_trainer(trainer, trains_quantized=False)
+        _check_trainer(trainer)
         if self.method == "static" and not has_validation(trainer, pl_module):
             raise ConfigError(
                 "static quantization calibrates on validation data, and there is none: give the Trainer a val "
@@ -415,9 +409,9 @@ class QuantizationAwareTraining(_Base):
             # the module keeps the weights of that checkpoint: what is saved or trained next has its ranges as well
             after_method(pl_module, "on_load_checkpoint", self._keep_loaded)
             if stage == "test":
-                _check_trainer(trainer, trains_quantized=False)
+                _check_trainer(trainer)
             return
-        _check_trainer(trainer, trains_quantized=True)
+        _check_trainer(trainer)
         if not trainer.fast_dev_run:
             all_ranks().by_first(lambda: check_writable(self.export.path))
         after_method(pl_module, "configure_model", lambda module: self._prepare(trainer, module))

@@ -39,7 +39,8 @@ class ToGraph:
     Args:
         graph: Takes the data of the call by position.
         interface: Which arguments are data.
-        on_cpu: The graph runs on the CPU only: its inputs are taken there, its outputs back.
+        on_cpu: The graph is an int8 one: it runs on the CPU and in float32 only, whatever autocast is on. Its inputs
+            are taken there, its outputs back to their device.
     """
 
     def __init__(self, graph: nn.Module, interface: Interface, *, on_cpu: bool = False) -> None:
@@ -53,7 +54,8 @@ class ToGraph:
         if not self.on_cpu:
             return self.interface.restore(self.graph(*data))
         devices = {x.device for x in tree_flatten(data)[0] if isinstance(x, torch.Tensor)}
-        output = self.graph(*_to(data, torch.device("cpu")))
+        with torch.autocast("cpu", enabled=False):
+            output = self.graph(*_to_cpu(data))
         if devices and devices != {torch.device("cpu")}:
             output = _to(output, devices.pop())
         return self.interface.restore(output)
@@ -68,8 +70,9 @@ class ToFile:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the file computes, on the device of the inputs."""
         devices = {x.device for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)}
-        args, kwargs = _to((args, kwargs), torch.device("cpu"))
-        output = self.loaded(*args, **kwargs)
+        args, kwargs = _to_cpu((args, kwargs))
+        with torch.autocast("cpu", enabled=False):
+            output = self.loaded(*args, **kwargs)
         return _to(output, devices.pop()) if len(devices) == 1 else output
 
 
@@ -86,6 +89,17 @@ class Observed:
         if self.enabled:
             self.graph(*self.interface.flatten(args, kwargs))
         return type(module).forward(module, *args, **kwargs)
+
+
+def _to_cpu(value: Any) -> Any:
+    """What int8 kernels and runtimes take: float32, also of what mixed precision computed in half."""
+
+    def moved(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
+        return x.cpu().float() if x.dtype in (torch.bfloat16, torch.float16) else x.cpu()
+
+    return tree_map(moved, value)
 
 
 def _to(value: Any, device: torch.device) -> Any:
