@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 from uuid import uuid4
@@ -24,6 +25,7 @@ from lightning_quant.attachment import (
     state_of,
     unbind,
 )
+from lightning_quant.averaging import Averages, averages_of, prepare_averages
 from lightning_quant.backends import check_classes
 from lightning_quant.backends.graph import info, is_initialised
 from lightning_quant.capture import Capture
@@ -87,9 +89,22 @@ def _check_dtypes(module: Any, captured: Capture) -> None:
                 )
 
 
-def _write_state(checkpoint: dict[str, Any], state: dict[str, Any]) -> None:
-    """Keep the state beside the float weights; that of optimizers only where the checkpoint has the float one."""
+#: Where Lightning's WeightAveraging puts the weights that train; those in ``state_dict`` are the average then.
+_AVERAGED = "current_model_state"
+
+
+def _write_state(checkpoint: dict[str, Any], state: dict[str, Any], *, averaged: bool) -> None:
+    """Keep the state beside the float weights; that of optimizers only where the checkpoint has the float one.
+
+    Args:
+        checkpoint: Changed in place.
+        state: Of :meth:`QuantizationAwareTraining._state`.
+        averaged: The weights in ``checkpoint["state_dict"]`` are an average, and those that train lie beside them.
+    """
     kept = {key: value for key, value in state.items() if key in checkpoint or key != "optimizer_states"}
+    averages = kept.pop("averages", None)
+    if averaged and averages is not None:
+        kept |= {"observers": averages, "current_observers": kept["observers"]}
     checkpoint.setdefault(CHECKPOINT_KEY, kept)
 
 
@@ -113,7 +128,7 @@ def _log_report(trainer: Any, report: QuantReport) -> None:
 #: What a callback has of a run. It cannot be pickled, and another process would not want it.
 _OF_A_RUN: dict[str, Any] = {
     **dict.fromkeys(("_report", "_written", "_quantized_model", "_converted", "_sample", "_captured", "_loaded")),
-    **dict.fromkeys(("_data", "_phase", "_kept", "_scales", "_steps")),
+    **dict.fromkeys(("_data", "_phase", "_kept", "_scales", "_steps", "_averages")),
     "_before": {},
     "_frozen": [],
 }
@@ -144,6 +159,7 @@ class _Base(Callback):
         self._sample: Sample | None = None
         self._captured: Capture | None = None
         self._loaded: dict[str, Any] | None = None
+        self._is_built = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Base:
         """A callback belongs to its Trainer: copies of a module that holds it, ours among them, share it."""
@@ -222,6 +238,20 @@ class _Base(Callback):
         detach(pl_module)
         for module in pl_module.modules():
             restore(module)
+
+    def _when_built(self, pl_module: Any, then: Callable[[Any], object]) -> None:
+        """Call ``then`` when the layers of LightningModule.setup and configure_model exist."""
+        self._is_built = False
+
+        def built(*_: Any, **__: Any) -> None:
+            self._is_built = True
+
+        def configured(module: Any) -> None:
+            if self._is_built:  # Lightning's WeightAveraging calls configure_model before anything is set up
+                then(module)
+
+        after_method(pl_module, "setup", built)
+        after_method(pl_module, "configure_model", configured)
 
     def _watch_loading(self, pl_module: Any) -> None:
         # bound on the module: Lightning calls a callback's own load hook after the weights are loaded, and not at
@@ -303,8 +333,7 @@ class PostTrainingQuantization(_Base):
             )
         if not trainer.fast_dev_run:
             all_ranks().by_first(lambda: check_writable(self.export.path))
-        # the layers of LightningModule.setup and configure_model exist only after these
-        after_method(pl_module, "configure_model", lambda module: self._captured_by_each(trainer, module))
+        self._when_built(pl_module, lambda module: self._captured_by_each(trainer, module))
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """The module is on the CPU and unwrapped, and the val dataloader is still there."""
@@ -395,6 +424,7 @@ class QuantizationAwareTraining(_Base):
         self._kept: tuple[weakref.ref[Any], dict[str, Any]] | None = None
         self._scales: ScaleTraining | None = None
         self._steps: RankSteps | None = None
+        self._averages: Averages | None = None
 
     @property
     def phase(self) -> Phase:
@@ -414,7 +444,7 @@ class QuantizationAwareTraining(_Base):
         _check_trainer(trainer)
         if not trainer.fast_dev_run:
             all_ranks().by_first(lambda: check_writable(self.export.path))
-        after_method(pl_module, "configure_model", lambda module: self._prepare(trainer, module))
+        self._when_built(pl_module, lambda module: self._prepare(trainer, module))
         after_method(pl_module, "on_save_checkpoint", self._save)
 
     def _prepare(self, trainer: Any, pl_module: Any) -> None:
@@ -429,6 +459,7 @@ class QuantizationAwareTraining(_Base):
         if is_parallel(trainer):
             check_ranks(attached, team.group)
             keep_from_broadcast(pl_module)
+        prepare_averages(trainer, pl_module)
 
     def _graphs(self, pl_module: Any) -> Graphs:
         attached = attached_to(pl_module)
@@ -436,7 +467,7 @@ class QuantizationAwareTraining(_Base):
 
     def _save(self, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         # Lightning calls the module's hook also for save_weights_only, a callback's it does not
-        _write_state(checkpoint, self._state(pl_module))
+        _write_state(checkpoint, self._state(pl_module), averaged=_AVERAGED in checkpoint)
 
     def _state(self, pl_module: Any) -> dict[str, Any]:
         state: dict[str, Any] = {
@@ -445,6 +476,8 @@ class QuantizationAwareTraining(_Base):
             "example": self._example,
             **settings(self.config, self.export),
         }
+        if self._averages is not None and (averages := self._averages.state()) is not None:
+            state["averages"] = averages
         if self._scales is not None and (kept := self._scales.state()):
             state["optimizer_states"] = kept
         return state
@@ -462,12 +495,16 @@ class QuantizationAwareTraining(_Base):
         relink(pl_module)
         self._phases = Phases(pl_module)
         self._scales = train_scales(self._graphs(pl_module), trainer.optimizers)
+        self._averages = Averages(pl_module, averages_of(trainer))
         if self._loaded:
-            load_observers(self._graphs(pl_module), self._loaded["observers"])
+            self._load(pl_module, self._loaded)
             self._scales.load_state(self._loaded.get("optimizer_states", {}))
         elif self._loaded is None and self._kept is not None and self._kept[0]() is pl_module:
             # the module goes on from where the last run left it; with a float checkpoint, observers start fresh
-            load_observers(self._graphs(pl_module), self._kept[1]["observers"])
+            self._load(pl_module, self._kept[1])
+        # on the module: after all callbacks, those that average among them
+        after_method(pl_module, "on_train_batch_end", self._settle)
+        after_method(pl_module, "on_train_epoch_end", self._settle)
         self._steps = RankSteps(self._graphs(pl_module).values()) if is_parallel(trainer) else None
         self._before = {name: x.detach().cpu().clone() for name, x in pl_module.state_dict().items()}
         if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= self.schedule.start_epoch:
@@ -475,6 +512,17 @@ class QuantizationAwareTraining(_Base):
                 "start_epoch=%d and max_epochs=%d: training ends before quantization begins, and there will be no int8 "
                 "model.", self.schedule.start_epoch, trainer.max_epochs,
             )  # fmt: skip
+
+    def _load(self, pl_module: Any, state: dict[str, Any]) -> None:
+        assert self._averages is not None
+        averages = state["observers"]
+        current = state.get("current_observers", averages) if self._averages.exist else averages
+        load_observers(self._graphs(pl_module), current)
+        self._averages.load(averages)
+
+    def _settle(self, *_: Any, **__: Any) -> None:
+        if self._averages is not None and self.phase.quantize:
+            self._averages.settle()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Also of a run that resumes in the middle of an epoch, for which Lightning skips the epoch's hook."""
@@ -514,6 +562,8 @@ class QuantizationAwareTraining(_Base):
         if self._phases is not None:
             ready = bool(graphs) and all(is_initialised(graph) for graph in graphs.values())
             self._phases.pause(quantize=ready and self.schedule.phase(trainer.current_epoch).quantize)
+        if self._averages is not None:  # an average takes their place now, and has to stand still as they do
+            self._averages.settle()
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Back to the phase of training."""
@@ -577,19 +627,23 @@ class QuantizationAwareTraining(_Base):
             return
         state = self._kept[1]
 
+        def write(_: Any, checkpoint: dict[str, Any]) -> None:
+            _write_state(checkpoint, state, averaged=_AVERAGED in checkpoint)
+
         def end(strategy: Any, _: BaseException) -> None:
             unbind(pl_module)
             unbind(strategy)
 
         # a ModelCheckpoint that saves on exceptions is called after this one; with save_weights_only it asks the
         # module alone. The strategy comes after all callbacks
-        after_method(pl_module, "on_save_checkpoint", lambda _, checkpoint: _write_state(checkpoint, state))
+        after_method(pl_module, "on_save_checkpoint", write)
         after_method(trainer.strategy, "on_exception", end)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """After the run, the module's own hook is off: checkpoints still get the observers that it ended with."""
         if attached_to(pl_module) is None and self._kept is not None and self._kept[0]() is pl_module:
-            _write_state(checkpoint, self._kept[1])
+            # what averages writes it in the same hook, earlier or later
+            _write_state(checkpoint, self._kept[1], averaged=bool(averages_of(trainer)))
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """The user's module is a float module again, with the trained weights."""
@@ -602,5 +656,8 @@ class QuantizationAwareTraining(_Base):
         if self._scales is not None:
             self._scales.end()
             self._scales = None
+        if self._averages is not None:
+            self._averages.end()
+            self._averages = None
         self._steps = None
         super()._take_off(pl_module)

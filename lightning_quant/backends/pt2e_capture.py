@@ -259,7 +259,7 @@ def _plain_graph(program: torch.export.ExportedProgram) -> fx.GraphModule:
 
 
 def _drop_assertions(module: fx.GraphModule) -> None:
-    """Of the example's device, sizes and dtype, which autocast changes; also in regions with an autocast of their own."""
+    """Of the example's device, sizes and dtypes, which autocast changes; also in its own regions of the graph."""
     for part in module.modules():
         if isinstance(part, fx.GraphModule):
             for node in list(part.graph.nodes):
