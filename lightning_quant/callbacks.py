@@ -54,8 +54,9 @@ from lightning_quant.pipeline import (
     prepare_graphs,
     put_files,
 )
-from lightning_quant.placement import ToGraph, divert, restore
+from lightning_quant.placement import ToGraph, divert, recompile, restore, uncompile
 from lightning_quant.precision import check_precision
+from lightning_quant.pruning import check_pruning, hold, mask_gradients
 from lightning_quant.rank_steps import RankSteps
 from lightning_quant.ranks import check_ranks, merge_ranks
 from lightning_quant.report import QuantReport, modified, report_of
@@ -70,6 +71,7 @@ def _check_trainer(trainer: Any) -> None:
     """Refuse what would give wrong results, with the remedy."""
     check_strategy(trainer)
     check_precision(trainer)
+    check_pruning(trainer)
     ours = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, _Base)]
     if len(ours) > 1:
         raise ConfigError(
@@ -223,6 +225,7 @@ class _Base(Callback):
             self._report.print()
 
     def _put_int8(self, pl_module: Any) -> None:
+        uncompile(pl_module)
         report = self.report
         if self._loaded is None and report is not None and report is not self._report:  # of other processes
             return put_files(pl_module, report)
@@ -238,6 +241,7 @@ class _Base(Callback):
         detach(pl_module)
         for module in pl_module.modules():
             restore(module)
+        recompile(pl_module)
 
     def _when_built(self, pl_module: Any, then: Callable[[Any], object]) -> None:
         """Call ``then`` when the layers of LightningModule.setup and configure_model exist."""
@@ -467,7 +471,12 @@ class QuantizationAwareTraining(_Base):
 
     def _save(self, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         # Lightning calls the module's hook also for save_weights_only, a callback's it does not
-        _write_state(checkpoint, self._state(pl_module), averaged=_AVERAGED in checkpoint)
+        state = self._state(pl_module)
+        if self._phases is None and (restored := self._restored(pl_module)):
+            # a search before the training (LearningRateFinder, BatchSizeFinder): it loads this file at its end, and
+            # what a checkpoint or the last run left would be forgotten
+            state = restored
+        _write_state(checkpoint, state, averaged=_AVERAGED in checkpoint)
 
     def _state(self, pl_module: Any) -> dict[str, Any]:
         state: dict[str, Any] = {
@@ -496,12 +505,10 @@ class QuantizationAwareTraining(_Base):
         self._phases = Phases(pl_module)
         self._scales = train_scales(self._graphs(pl_module), trainer.optimizers)
         self._averages = Averages(pl_module, averages_of(trainer))
+        if restored := self._restored(pl_module):
+            self._load(pl_module, restored)
         if self._loaded:
-            self._load(pl_module, self._loaded)
             self._scales.load_state(self._loaded.get("optimizer_states", {}))
-        elif self._loaded is None and self._kept is not None and self._kept[0]() is pl_module:
-            # the module goes on from where the last run left it; with a float checkpoint, observers start fresh
-            self._load(pl_module, self._kept[1])
         # on the module: after all callbacks, those that average among them
         after_method(pl_module, "on_train_batch_end", self._settle)
         after_method(pl_module, "on_train_epoch_end", self._settle)
@@ -512,6 +519,12 @@ class QuantizationAwareTraining(_Base):
                 "start_epoch=%d and max_epochs=%d: training ends before quantization begins, and there will be no int8 "
                 "model.", self.schedule.start_epoch, trainer.max_epochs,
             )  # fmt: skip
+
+    def _restored(self, pl_module: Any) -> dict[str, Any] | None:
+        """What the observers begin with: that of the checkpoint, or of the last run. With a float one, nothing."""
+        if self._loaded is not None:
+            return self._loaded
+        return self._kept[1] if self._kept is not None and self._kept[0]() is pl_module else None
 
     def _load(self, pl_module: Any, state: dict[str, Any]) -> None:
         assert self._averages is not None
@@ -537,13 +550,17 @@ class QuantizationAwareTraining(_Base):
             self._phases.enter(self.schedule.phase(trainer.current_epoch))
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Frozen batch norms stay frozen whoever called ``train()`` in between."""
+        """Frozen batch norms stay frozen whoever called ``train()`` in between, and pruned weights stay 0."""
         if self._phases is not None:
             self._phases.hold()
+        if self.phase.quantize:
+            hold(pl_module)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """What ranks have seen becomes equal before anything is made of it: averages of weights, checkpoints."""
         self._agree()
+        if self.phase.quantize:
+            mask_gradients(pl_module)
         if self._steps is not None:
             self._steps.average_gradients(getattr(optimizer, "optimizer", optimizer))
 
@@ -558,6 +575,8 @@ class QuantizationAwareTraining(_Base):
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Validation leaves observers untouched; before the first training batch (sanity check) it is float."""
         self._agree()
+        if self.phase.quantize:
+            hold(pl_module)
         graphs = self._graphs(pl_module)
         if self._phases is not None:
             ready = bool(graphs) and all(is_initialised(graph) for graph in graphs.values())

@@ -114,7 +114,8 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def divert(module: nn.Module, route: Route) -> None:
     """Send the calls of ``module.forward`` to ``route``, also those of a module that was compiled in place."""
     if _ROUTE not in module.__dict__:
-        module.__dict__[_BEFORE] = (module.__dict__.get("forward"), module.__dict__.get("_compiled_call_impl"))
+        before = {name: module.__dict__.get(name) for name in ("forward", "_compiled_call_impl")}
+        module.__dict__[_BEFORE] = before, id(module)
     module.__dict__[_ROUTE] = route
     module.__dict__["forward"] = MethodType(forward, module)
     module.__dict__["_compiled_call_impl"] = None
@@ -124,9 +125,11 @@ def restore(module: nn.Module) -> None:
     """Let ``module`` run its own ``forward`` again."""
     if module.__dict__.pop(_ROUTE, None) is None:
         return
-    for name, value in zip(("forward", "_compiled_call_impl"), module.__dict__.pop(_BEFORE), strict=True):
-        module.__dict__.pop(name, None)  # a deepcopy has dropped what was compiled
-        if value is not None:
+    before, owner = module.__dict__.pop(_BEFORE)
+    for name, value in before.items():
+        module.__dict__.pop(name, None)
+        # what was compiled for the module that a copy was made of would run that one
+        if value is not None and (name == "forward" or owner == id(module)):
             module.__dict__[name] = value
 
 
@@ -145,11 +148,38 @@ def is_compiled(module: nn.Module) -> bool:
     return eval_frame is not None and isinstance(module, eval_frame.OptimizedModule)
 
 
+#: What Lightning compiles of the module in ``fit(torch.compile(module))``, by attributes of the module.
+_STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
+_COMPILED = "_lightning_quant_compiled"
+
+
 def uncompile(model: nn.Module) -> None:
-    """Let every compiled submodule of ``model`` run its original. Undone by :func:`restore` on it."""
+    """Let every compiled part of ``model`` run as Python does: what was put inside of it has to be seen.
+
+    These are submodules that ``torch.compile`` wrapped, and the steps of a LightningModule that it wrapped. Undone by
+    :func:`recompile`.
+    """
     for module in model.modules():
         if is_compiled(module):
             divert(module, Uncompiled())
+    context: Any = model.__dict__.get("_compiler_ctx")  # Lightning's (utilities/compile.py)
+    if not context or _COMPILED in model.__dict__:
+        return
+    model.__dict__[_COMPILED] = {name: model.__dict__.pop(name, None) for name in _STEPS}, id(model)
+    for name in _STEPS:
+        original = context[f"original_{name}"]
+        if getattr(original, "__func__", None) is not getattr(type(model), name, None):
+            model.__dict__[name] = original
+
+
+def recompile(model: nn.Module) -> None:
+    """The reverse of :func:`uncompile`; a copy of ``model`` stays uncompiled where what was compiled runs ``model``."""
+    for module in model.modules():
+        if is_compiled(module):
+            restore(module)
+    compiled, owner = model.__dict__.pop(_COMPILED, ({}, None))
+    if owner == id(model):
+        model.__dict__.update({name: value for name, value in compiled.items() if value is not None})
 
 
 def route_of(module: nn.Module) -> Route | None:

@@ -35,7 +35,7 @@ LAYERS = (
     ),
     ("backends",),
     ("phases", "ranks", "rank_steps", "team", "scale_training", "attachment", "exporters", "runtime", "analysis"),
-    ("evaluate", "inputs", "tuning", "report", "strategies", "precision", "averaging"),
+    ("evaluate", "inputs", "tuning", "report", "strategies", "precision", "averaging", "pruning"),
     ("parts",),
     ("figures",),
     ("pipeline",),
