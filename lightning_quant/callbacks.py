@@ -524,7 +524,10 @@ class QuantizationAwareTraining(_Base):
         """What the observers begin with: that of the checkpoint, or of the last run. With a float one, nothing."""
         if self._loaded is not None:
             return self._loaded
-        return self._kept[1] if self._kept is not None and self._kept[0]() is pl_module else None
+        if self._kept is None or self._kept[0]() is not pl_module:
+            return None
+        # optimizers begin anew
+        return {name: value for name, value in self._kept[1].items() if name != "optimizer_states"}
 
     def _load(self, pl_module: Any, state: dict[str, Any]) -> None:
         assert self._averages is not None

@@ -102,7 +102,7 @@ def in_order(order: str, ours: Any, other: Any) -> list[Any]:
 
 @BOTH_KINDS
 @pytest.mark.parametrize("use_buffers", [True, False])
-@pytest.mark.parametrize("start_epoch", [0, 1])
+@pytest.mark.parametrize("start_epoch", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_the_order_in_the_list_does_not_matter(kind: str, use_buffers: bool, start_epoch: int) -> None:
     ends = []
     for order in ("ours first", "ours last"):
@@ -230,7 +230,7 @@ def test_an_equally_weighted_average() -> None:
     assert report.metrics_int8["val_loss"] == pytest.approx(report.metrics_float["val_loss"], rel=0.02)
 
 
-@BOTH_KINDS
+@pytest.mark.parametrize("kind", ["auto", pytest.param("learned", marks=pytest.mark.slow)])
 def test_swa_in_both_orders(kind: str) -> None:
     ends = []
     for order in ("ours first", "ours last"):
@@ -248,9 +248,24 @@ def keeper(folder: str) -> Any:
     return ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
 
 
-@BOTH_KINDS
-@pytest.mark.parametrize("order", ["ours first", "ours last"])
-@pytest.mark.parametrize("start_epoch", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("kind", "order", "start_epoch"),
+    [
+        ("auto", "ours first", 0),
+        ("learned", "ours last", 1),
+        *(
+            pytest.param(kind, order, start, marks=pytest.mark.slow)
+            for kind, order, start in (
+                ("auto", "ours last", 0),
+                ("auto", "ours first", 1),
+                ("auto", "ours last", 1),
+                ("learned", "ours first", 0),
+                ("learned", "ours last", 0),
+                ("learned", "ours first", 1),
+            )
+        ),
+    ],
+)
 def test_resuming_equals_the_uninterrupted_run(kind: str, order: str, start_epoch: int) -> None:
     def run(folder: str, **kwargs: Any) -> Any:
         callback = qat(settings(kind), start_epoch=start_epoch)

@@ -120,8 +120,17 @@ def test_ranges_are_those_of_what_was_computed_in_half(
         assert parameter.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "kind"),
+    [
+        ("fx", "auto"),
+        ("fx", "learned"),
+        ("eager", "auto"),
+        ("pt2e", "auto"),
+        pytest.param("eager", "learned", marks=pytest.mark.slow),
+        pytest.param("pt2e", "learned", marks=pytest.mark.slow),
+    ],
+)
 def test_training_in_mixed_precision(backend: Any, kind: str) -> None:
     reports = []
     for precision in ("32-true", "bf16-mixed"):
