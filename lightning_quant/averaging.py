@@ -58,9 +58,9 @@ def _check_batch_norms(model: nn.Module) -> None:
         is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
         if is_norm and module.running_mean is not None and module.training:
             raise ConfigError(
-                f"WeightAveraging(use_buffers=False): at the end of the training, batch norms (the first: {name}) would "
-                "have the statistics from before it, and int8 would be made with these. Use use_buffers=True, or keep "
-                "batch norms in eval mode."
+                f"WeightAveraging(use_buffers=False): at the end of the training, batch norms (the first: {name}) "
+                "would have the statistics from before it, and int8 would be made with these. Use use_buffers=True, "
+                "or keep batch norms in eval mode."
             )
 
 

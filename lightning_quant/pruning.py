@@ -29,8 +29,8 @@ def check_pruning(trainer: Any) -> None:
     for callback in trainer.callbacks:
         if isinstance(callback, _CALLBACKS) and not callback._make_pruning_permanent:
             raise ConfigError(
-                "ModelPruning(make_pruning_permanent=False): at the end of the training weights would still be products "
-                "with a mask, and int8 is made from plain ones. Leave it at True."
+                "ModelPruning(make_pruning_permanent=False): at the end of the training weights would still be "
+                "products with a mask, and int8 is made from plain ones. Leave it at True."
             )
 
 

@@ -47,7 +47,19 @@ LAYERS = (
 )
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 
-KNOW_LIGHTNING = ("evaluate", "inputs", "tuning", "parts", "pipeline", "from_checkpoint", "callbacks", "demo", "cli")
+KNOW_LIGHTNING = (
+    "evaluate",
+    "inputs",
+    "averaging",
+    "pruning",
+    "tuning",
+    "parts",
+    "pipeline",
+    "from_checkpoint",
+    "callbacks",
+    "demo",
+    "cli",
+)
 LIGHTNING = ("pytorch_lightning", "lightning", "lightning_fabric")
 # torch.quantization is the old name of torch.ao.quantization
 TORCH_AO = ("torch.ao", "torch.quantization", "torchao")
