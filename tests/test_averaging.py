@@ -100,8 +100,10 @@ def in_order(order: str, ours: Any, other: Any) -> list[Any]:
     return [ours, other] if order == "ours first" else [other, ours]
 
 
-@BOTH_KINDS
-@pytest.mark.parametrize("use_buffers", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "use_buffers"),
+    [("auto", True), ("learned", True), pytest.param("auto", False, marks=pytest.mark.slow), ("learned", False)],
+)
 @pytest.mark.parametrize("start_epoch", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_the_order_in_the_list_does_not_matter(kind: str, use_buffers: bool, start_epoch: int) -> None:
     ends = []

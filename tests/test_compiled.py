@@ -90,7 +90,13 @@ def run(callback: Any, compiled: Any = None, made_by: Any = Net, **kwargs: Any) 
 
 @pytest.mark.parametrize(
     ("compiled", "made_by", "start_epoch"),
-    [(whole, Net, 1), (whole, OwnLayers, 0), (submodule, Net, 1), (in_place, Net, 1), (in_place, Net, 0)],
+    [
+        (whole, Net, 1),
+        (whole, OwnLayers, 0),
+        (submodule, Net, 1),
+        (in_place, Net, 1),
+        pytest.param(in_place, Net, 0, marks=pytest.mark.slow),
+    ],
 )
 def test_training_equals_that_of_the_plain_module(compiled: Any, made_by: Any, start_epoch: int) -> None:
     _, state, report = run(qat(start_epoch=start_epoch), made_by=made_by)
@@ -100,7 +106,7 @@ def test_training_equals_that_of_the_plain_module(compiled: Any, made_by: Any, s
     assert same.metrics_int8 == report.metrics_int8
 
 
-@pytest.mark.parametrize("compiled", [whole, submodule, in_place])
+@pytest.mark.parametrize("compiled", [pytest.param(whole, marks=pytest.mark.slow), submodule, in_place])
 def test_calibration_equals_that_of_the_plain_module(compiled: Any) -> None:
     _, state, report = run(ptq(), max_epochs=1)
     _, found, same = run(ptq(), compiled, max_epochs=1)
@@ -166,7 +172,7 @@ def test_a_copy_runs_itself(compiled: Any) -> None:
     recompile(again)
 
 
-@pytest.mark.parametrize("compiled", [None, whole])
+@pytest.mark.parametrize("compiled", [None, pytest.param(whole, marks=pytest.mark.slow)])
 def test_without_inference_mode(compiled: Any) -> None:
     _, state, report = run(qat())
     _, found, same = run(qat(), compiled, inference_mode=False)

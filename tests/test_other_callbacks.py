@@ -105,7 +105,12 @@ class Masks(pl.Callback):
 
 @pytest.mark.parametrize(
     ("backend", "order"),
-    [("fx", "ours first"), ("fx", "ours last"), ("eager", "ours first"), ("pt2e", "ours first")],
+    [
+        ("fx", "ours first"),
+        ("fx", "ours last"),
+        ("eager", "ours first"),
+        pytest.param("pt2e", "ours first", marks=pytest.mark.slow),
+    ],
 )
 def test_pruned_weights_are_zero_in_training_and_in_int8(backend: Any, order: str) -> None:
     callback, masks = qat(QuantConfig(backend=backend)) if backend != "pt2e" else _pt2e(), Masks()
@@ -258,7 +263,6 @@ class Start(pl.Callback):
 
 
 FAST = (
-    (rate_finder, "auto", "nothing"),
     (rate_finder, "learned", "a checkpoint"),
     (rate_finder, "learned", "a run"),
     (size_finder, "auto", "a checkpoint"),

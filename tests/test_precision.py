@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,9 +77,14 @@ def seen_by(graph: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
             handle.remove()
 
 
-@pytest.mark.parametrize("compiled", [True, False], ids=["our kernels", "torch's"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "kind", "compiled"),
+    [
+        # exporting takes a second or two
+        pytest.param(*case, marks=[pytest.mark.slow] if case[0] == "pt2e" and case != ("pt2e", "auto", True) else [])
+        for case in itertools.product(BACKENDS, KINDS, (True, False))
+    ],
+)
 def test_ranges_are_those_of_what_was_computed_in_half(
     backend: str, kind: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,7 +132,7 @@ def test_ranges_are_those_of_what_was_computed_in_half(
         ("fx", "auto"),
         ("fx", "learned"),
         ("eager", "auto"),
-        ("pt2e", "auto"),
+        pytest.param("pt2e", "auto", marks=pytest.mark.slow),
         pytest.param("eager", "learned", marks=pytest.mark.slow),
         pytest.param("pt2e", "learned", marks=pytest.mark.slow),
     ],
