@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_quant.backends.graph import followers, info, link, observers, own_modules
-from lightning_quant.placement import ToGraph, divert, is_compiled, restore, uncompile
+from lightning_quant.placement import ToGraph, divert, recompile, restore, uncompile
 
 CHILD = "_lightning_quant"
 
@@ -158,16 +158,14 @@ def run_quantized(model: nn.Module, enabled: bool) -> None:
         return
     if enabled:
         uncompile(model)
-    else:
-        for module in model.modules():
-            if is_compiled(module):
-                restore(module)
     for name, graph in attached.named().items():
         target = model.get_submodule(name)
         if enabled:
             divert(target, ToGraph(graph, info(graph).interface))
         else:
             restore(target)
+    if not enabled:
+        recompile(model)
 
 
 def detach(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 from uuid import uuid4
@@ -24,6 +25,7 @@ from lightning_quant.attachment import (
     state_of,
     unbind,
 )
+from lightning_quant.averaging import Averages, averages_of, prepare_averages
 from lightning_quant.backends import check_classes
 from lightning_quant.backends.graph import info, is_initialised
 from lightning_quant.capture import Capture
@@ -61,8 +63,10 @@ from lightning_quant.pipeline import (
     prepare_graphs,
     put_files,
 )
-from lightning_quant.placement import ToGraph, divert, restore
+from lightning_quant.placement import ToGraph, divert, recompile, restore, uncompile
 from lightning_quant.planning import Plan, plan_of
+from lightning_quant.precision import check_precision
+from lightning_quant.pruning import check_pruning, hold, mask_gradients
 from lightning_quant.rank_steps import RankSteps
 from lightning_quant.ranks import check_ranks, merge_ranks
 from lightning_quant.report import QuantReport, modified, report_of
@@ -73,17 +77,11 @@ from lightning_quant.team import all_ranks
 log = logging.getLogger(__name__)
 
 
-def _check_trainer(trainer: Any, *, trains_quantized: bool) -> None:
+def _check_trainer(trainer: Any) -> None:
     """Refuse what would give wrong results, with the remedy."""
     check_strategy(trainer)
-    precision = str(trainer.precision)
-    half_weights = precision.endswith("-true") and precision != "32-true"
-    if half_weights or (trains_quantized and precision != "32-true"):
-        raise ConfigError(
-            f"Trainer(precision={precision!r}): quantization needs float32 "
-            + ("activations to fake quantize. " if trains_quantized else "weights to start from. ")
-            + "Use Trainer(precision='32-true')."
-        )
+    check_precision(trainer)
+    check_pruning(trainer)
     ours = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, QuantizationCallback)]
     if len(ours) > 1:
         raise ConfigError(
@@ -92,9 +90,22 @@ def _check_trainer(trainer: Any, *, trains_quantized: bool) -> None:
         )
 
 
-def _write_state(checkpoint: dict[str, Any], state: dict[str, Any]) -> None:
-    """Keep the state beside the float weights; that of optimizers only where the checkpoint has the float one."""
+#: Where Lightning's WeightAveraging puts the weights that train; those in ``state_dict`` are the average then.
+_AVERAGED = "current_model_state"
+
+
+def _write_state(checkpoint: dict[str, Any], state: dict[str, Any], *, averaged: bool) -> None:
+    """Keep the state beside the float weights; that of optimizers only where the checkpoint has the float one.
+
+    Args:
+        checkpoint: Changed in place.
+        state: Of :meth:`QuantizationAwareTraining._state`.
+        averaged: The weights in ``checkpoint["state_dict"]`` are an average, and those that train lie beside them.
+    """
     kept = {key: value for key, value in state.items() if key in checkpoint or key != "optimizer_states"}
+    averages = kept.pop("averages", None)
+    if averaged and averages is not None:
+        kept |= {"observers": averages, "current_observers": kept["observers"]}
     checkpoint.setdefault(CHECKPOINT_KEY, kept)
 
 
@@ -118,7 +129,7 @@ def _log_report(trainer: Any, report: QuantReport) -> None:
 #: What a callback has of a run. It cannot be pickled, and another process would not want it.
 _OF_A_RUN: dict[str, Any] = {
     **dict.fromkeys(("_report", "_written", "_quantized_model", "_converted", "_sample", "_captured", "_loaded")),
-    **dict.fromkeys(("_data", "_phase", "_kept", "_scales", "_steps")),
+    **dict.fromkeys(("_data", "_phase", "_kept", "_scales", "_steps", "_averages")),
     "_before": {},
     "_frozen": [],
 }
@@ -152,6 +163,7 @@ class QuantizationCallback(Callback):
         self._sample: Sample | None = None
         self._captured: Capture | None = None
         self._loaded: dict[str, Any] | None = None
+        self._is_built = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizationCallback:
         """A callback belongs to its Trainer: copies of a module that holds it, ours among them, share it."""
@@ -225,6 +237,7 @@ class QuantizationCallback(Callback):
             self._report.print()
 
     def _put_int8(self, pl_module: Any) -> None:
+        uncompile(pl_module)
         report = self.report
         if self._loaded is None and report is not None and report is not self._report:  # of other processes
             return put_files(pl_module, report)
@@ -240,6 +253,21 @@ class QuantizationCallback(Callback):
         detach(pl_module)
         for module in pl_module.modules():
             restore(module)
+        recompile(pl_module)
+
+    def _when_built(self, pl_module: Any, then: Callable[[Any], object]) -> None:
+        """Call ``then`` when the layers of LightningModule.setup and configure_model exist."""
+        self._is_built = False
+
+        def built(*_: Any, **__: Any) -> None:
+            self._is_built = True
+
+        def configured(module: Any) -> None:
+            if self._is_built:  # Lightning's WeightAveraging calls configure_model before anything is set up
+                then(module)
+
+        after_method(pl_module, "setup", built)
+        after_method(pl_module, "configure_model", configured)
 
     def _watch_loading(self, pl_module: Any) -> None:
         # bound on the module: Lightning calls a callback's own load hook after the weights are loaded, and not at
@@ -310,11 +338,11 @@ class PostTrainingQuantization(QuantizationCallback):
         """Find out before any work is done what would fail after it."""
         self._take_off(pl_module)
         if stage == "test":
-            _check_trainer(trainer, trains_quantized=False)
+            _check_trainer(trainer)
             self._watch_loading(pl_module)
         if stage not in ("fit", "validate"):
             return
-        _check_trainer(trainer, trains_quantized=False)
+        _check_trainer(trainer)
         if self.method == "static" and not has_validation(trainer, pl_module):
             raise ConfigError(
                 "static quantization calibrates on validation data, and there is none: give the Trainer a val "
@@ -324,11 +352,10 @@ class PostTrainingQuantization(QuantizationCallback):
             )
         if self.plan_only or not trainer.fast_dev_run:
             all_ranks().by_first(lambda: check_writable(self.export.path))
-        # the layers of LightningModule.setup and configure_model exist only after these
         if self.plan_only:
-            after_method(pl_module, "configure_model", lambda module: self._plan(trainer, module))
+            self._when_built(pl_module, lambda module: self._plan(trainer, module))
             return
-        after_method(pl_module, "configure_model", lambda module: self._captured_by_each(trainer, module))
+        self._when_built(pl_module, lambda module: self._captured_by_each(trainer, module))
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """The module is on the CPU and unwrapped, and the val dataloader is still there."""
@@ -426,6 +453,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         self._kept: tuple[weakref.ref[Any], dict[str, Any]] | None = None
         self._scales: ScaleTraining | None = None
         self._steps: RankSteps | None = None
+        self._averages: Averages | None = None
 
     @property
     def phase(self) -> Phase:
@@ -440,15 +468,15 @@ class QuantizationAwareTraining(QuantizationCallback):
             # the module keeps the weights of that checkpoint: what is saved or trained next has its ranges as well
             after_method(pl_module, "on_load_checkpoint", self._keep_loaded)
             if stage == "test":
-                _check_trainer(trainer, trains_quantized=False)
+                _check_trainer(trainer)
             return
-        _check_trainer(trainer, trains_quantized=True)
+        _check_trainer(trainer)
         if self.plan_only or not trainer.fast_dev_run:
             all_ranks().by_first(lambda: check_writable(self.export.path))
         if self.plan_only:
-            after_method(pl_module, "configure_model", lambda module: self._plan(trainer, module))
+            self._when_built(pl_module, lambda module: self._plan(trainer, module))
             return
-        after_method(pl_module, "configure_model", lambda module: self._prepare(trainer, module))
+        self._when_built(pl_module, lambda module: self._prepare(trainer, module))
         after_method(pl_module, "on_save_checkpoint", self._save)
 
     def _prepare(self, trainer: Any, pl_module: Any) -> None:
@@ -463,6 +491,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         if is_parallel(trainer):
             check_ranks(attached, team.group)
             keep_from_broadcast(pl_module)
+        prepare_averages(trainer, pl_module)
 
     def _graphs(self, pl_module: Any) -> Graphs:
         attached = attached_to(pl_module)
@@ -470,7 +499,12 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     def _save(self, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         # Lightning calls the module's hook also for save_weights_only, a callback's it does not
-        _write_state(checkpoint, self._state(pl_module))
+        state = self._state(pl_module)
+        if self._phases is None and (restored := self._restored(pl_module)):
+            # a search before the training (LearningRateFinder, BatchSizeFinder): it loads this file at its end, and
+            # what a checkpoint or the last run left would be forgotten
+            state = restored
+        _write_state(checkpoint, state, averaged=_AVERAGED in checkpoint)
 
     def _state(self, pl_module: Any) -> dict[str, Any]:
         state: dict[str, Any] = {
@@ -479,6 +513,8 @@ class QuantizationAwareTraining(QuantizationCallback):
             "example": self._example,
             **settings(self.config, self.export),
         }
+        if self._averages is not None and (averages := self._averages.state()) is not None:
+            state["averages"] = averages
         if self._scales is not None and (kept := self._scales.state()):
             state["optimizer_states"] = kept
         return state
@@ -498,12 +534,14 @@ class QuantizationAwareTraining(QuantizationCallback):
         relink(pl_module)
         self._phases = Phases(pl_module)
         self._scales = train_scales(self._graphs(pl_module), trainer.optimizers)
+        self._averages = Averages(pl_module, averages_of(trainer))
+        if restored := self._restored(pl_module):
+            self._load(pl_module, restored)
         if self._loaded:
-            load_observers(self._graphs(pl_module), self._loaded["observers"])
             self._scales.load_state(self._loaded.get("optimizer_states", {}))
-        elif self._loaded is None and self._kept is not None and self._kept[0]() is pl_module:
-            # the module goes on from where the last run left it; with a float checkpoint, observers start fresh
-            load_observers(self._graphs(pl_module), self._kept[1]["observers"])
+        # on the module: after all callbacks, those that average among them
+        after_method(pl_module, "on_train_batch_end", self._settle)
+        after_method(pl_module, "on_train_epoch_end", self._settle)
         self._steps = RankSteps(self._graphs(pl_module).values()) if is_parallel(trainer) else None
         self._before = {name: x.detach().cpu().clone() for name, x in pl_module.state_dict().items()}
         if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= self.schedule.start_epoch:
@@ -511,6 +549,26 @@ class QuantizationAwareTraining(QuantizationCallback):
                 "start_epoch=%d and max_epochs=%d: training ends before quantization begins, and there will be no int8 "
                 "model.", self.schedule.start_epoch, trainer.max_epochs,
             )  # fmt: skip
+
+    def _restored(self, pl_module: Any) -> dict[str, Any] | None:
+        """What the observers begin with: that of the checkpoint, or of the last run. With a float one, nothing."""
+        if self._loaded is not None:
+            return self._loaded
+        if self._kept is None or self._kept[0]() is not pl_module:
+            return None
+        # optimizers begin anew
+        return {name: value for name, value in self._kept[1].items() if name != "optimizer_states"}
+
+    def _load(self, pl_module: Any, state: dict[str, Any]) -> None:
+        assert self._averages is not None
+        averages = state["observers"]
+        current = state.get("current_observers", averages) if self._averages.exist else averages
+        load_observers(self._graphs(pl_module), current)
+        self._averages.load(averages)
+
+    def _settle(self, *_: Any, **__: Any) -> None:
+        if self._averages is not None and self.phase.quantize:
+            self._averages.settle()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Also of a run that resumes in the middle of an epoch, for which Lightning skips the epoch's hook."""
@@ -525,13 +583,17 @@ class QuantizationAwareTraining(QuantizationCallback):
             self._phases.enter(self.schedule.phase(trainer.current_epoch))
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Frozen batch norms stay frozen whoever called ``train()`` in between."""
+        """Frozen batch norms stay frozen whoever called ``train()`` in between, and pruned weights stay 0."""
         if self._phases is not None:
             self._phases.hold()
+        if self.phase.quantize:
+            hold(pl_module)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """What ranks have seen becomes equal before anything is made of it: averages of weights, checkpoints."""
         self._agree()
+        if self.phase.quantize:
+            mask_gradients(pl_module)
         if self._steps is not None:
             self._steps.average_gradients(getattr(optimizer, "optimizer", optimizer))
 
@@ -546,10 +608,14 @@ class QuantizationAwareTraining(QuantizationCallback):
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Validation leaves observers untouched; before the first training batch (sanity check) it is float."""
         self._agree()
+        if self.phase.quantize:
+            hold(pl_module)
         graphs = self._graphs(pl_module)
         if self._phases is not None:
             ready = bool(graphs) and all(is_initialised(graph) for graph in graphs.values())
             self._phases.pause(quantize=ready and self.schedule.phase(trainer.current_epoch).quantize)
+        if self._averages is not None:  # an average takes their place now, and has to stand still as they do
+            self._averages.settle()
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Back to the phase of training."""
@@ -617,19 +683,23 @@ class QuantizationAwareTraining(QuantizationCallback):
             return
         state = self._kept[1]
 
+        def write(_: Any, checkpoint: dict[str, Any]) -> None:
+            _write_state(checkpoint, state, averaged=_AVERAGED in checkpoint)
+
         def end(strategy: Any, _: BaseException) -> None:
             unbind(pl_module)
             unbind(strategy)
 
         # a ModelCheckpoint that saves on exceptions is called after this one; with save_weights_only it asks the
         # module alone. The strategy comes after all callbacks
-        after_method(pl_module, "on_save_checkpoint", lambda _, checkpoint: _write_state(checkpoint, state))
+        after_method(pl_module, "on_save_checkpoint", write)
         after_method(trainer.strategy, "on_exception", end)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """After the run, the module's own hook is off: checkpoints still get the observers that it ended with."""
         if attached_to(pl_module) is None and self._kept is not None and self._kept[0]() is pl_module:
-            _write_state(checkpoint, self._kept[1])
+            # what averages writes it in the same hook, earlier or later
+            _write_state(checkpoint, self._kept[1], averaged=bool(averages_of(trainer)))
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """The user's module is a float module again, with the trained weights."""
@@ -642,5 +712,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         if self._scales is not None:
             self._scales.end()
             self._scales = None
+        if self._averages is not None:
+            self._averages.end()
+            self._averages = None
         self._steps = None
         super()._take_off(pl_module)

@@ -39,7 +39,8 @@ class ToGraph:
     Args:
         graph: Takes the data of the call by position.
         interface: Which arguments are data.
-        on_cpu: The graph runs on the CPU only: its inputs are taken there, its outputs back.
+        on_cpu: The graph is an int8 one: it runs on the CPU and in float32 only, whatever autocast is on. Its inputs
+            are taken there, its outputs back to their device.
     """
 
     def __init__(self, graph: nn.Module, interface: Interface, *, on_cpu: bool = False) -> None:
@@ -53,7 +54,8 @@ class ToGraph:
         if not self.on_cpu:
             return self.interface.restore(self.graph(*data))
         devices = {x.device for x in tree_flatten(data)[0] if isinstance(x, torch.Tensor)}
-        output = self.graph(*_to(data, torch.device("cpu")))
+        with torch.autocast("cpu", enabled=False):
+            output = self.graph(*_to_cpu(data))
         if devices and devices != {torch.device("cpu")}:
             output = _to(output, devices.pop())
         return self.interface.restore(output)
@@ -68,8 +70,9 @@ class ToFile:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the file computes, on the device of the inputs."""
         devices = {x.device for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)}
-        args, kwargs = _to((args, kwargs), torch.device("cpu"))
-        output = self.loaded(*args, **kwargs)
+        args, kwargs = _to_cpu((args, kwargs))
+        with torch.autocast("cpu", enabled=False):
+            output = self.loaded(*args, **kwargs)
         return _to(output, devices.pop()) if len(devices) == 1 else output
 
 
@@ -88,6 +91,17 @@ class Observed:
         return type(module).forward(module, *args, **kwargs)
 
 
+def _to_cpu(value: Any) -> Any:
+    """What int8 kernels and runtimes take: float32, also of what mixed precision computed in half."""
+
+    def moved(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
+        return x.cpu().float() if x.dtype in (torch.bfloat16, torch.float16) else x.cpu()
+
+    return tree_map(moved, value)
+
+
 def _to(value: Any, device: torch.device) -> Any:
     return tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, value)
 
@@ -100,7 +114,8 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def divert(module: nn.Module, route: Route) -> None:
     """Send the calls of ``module.forward`` to ``route``, also those of a module that was compiled in place."""
     if _ROUTE not in module.__dict__:
-        module.__dict__[_BEFORE] = (module.__dict__.get("forward"), module.__dict__.get("_compiled_call_impl"))
+        before = {name: module.__dict__.get(name) for name in ("forward", "_compiled_call_impl")}
+        module.__dict__[_BEFORE] = before, id(module)
     module.__dict__[_ROUTE] = route
     module.__dict__["forward"] = MethodType(forward, module)
     module.__dict__["_compiled_call_impl"] = None
@@ -110,9 +125,11 @@ def restore(module: nn.Module) -> None:
     """Let ``module`` run its own ``forward`` again."""
     if module.__dict__.pop(_ROUTE, None) is None:
         return
-    for name, value in zip(("forward", "_compiled_call_impl"), module.__dict__.pop(_BEFORE), strict=True):
-        module.__dict__.pop(name, None)  # a deepcopy has dropped what was compiled
-        if value is not None:
+    before, owner = module.__dict__.pop(_BEFORE)
+    for name, value in before.items():
+        module.__dict__.pop(name, None)
+        # what was compiled for the module that a copy was made of would run that one
+        if value is not None and (name == "forward" or owner == id(module)):
             module.__dict__[name] = value
 
 
@@ -131,11 +148,38 @@ def is_compiled(module: nn.Module) -> bool:
     return eval_frame is not None and isinstance(module, eval_frame.OptimizedModule)
 
 
+#: What Lightning compiles of the module in ``fit(torch.compile(module))``, by attributes of the module.
+_STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
+_COMPILED = "_lightning_quant_compiled"
+
+
 def uncompile(model: nn.Module) -> None:
-    """Let every compiled submodule of ``model`` run its original. Undone by :func:`restore` on it."""
+    """Let every compiled part of ``model`` run as Python does: what was put inside of it has to be seen.
+
+    These are submodules that ``torch.compile`` wrapped, and the steps of a LightningModule that it wrapped. Undone by
+    :func:`recompile`.
+    """
     for module in model.modules():
         if is_compiled(module):
             divert(module, Uncompiled())
+    context: Any = model.__dict__.get("_compiler_ctx")  # Lightning's (utilities/compile.py)
+    if not context or _COMPILED in model.__dict__:
+        return
+    model.__dict__[_COMPILED] = {name: model.__dict__.pop(name, None) for name in _STEPS}, id(model)
+    for name in _STEPS:
+        original = context[f"original_{name}"]
+        if getattr(original, "__func__", None) is not getattr(type(model), name, None):
+            model.__dict__[name] = original
+
+
+def recompile(model: nn.Module) -> None:
+    """The reverse of :func:`uncompile`; a copy of ``model`` stays uncompiled where what was compiled runs ``model``."""
+    for module in model.modules():
+        if is_compiled(module):
+            restore(module)
+    compiled, owner = model.__dict__.pop(_COMPILED, ({}, None))
+    if owner == id(model):
+        model.__dict__.update({name: value for name, value in compiled.items() if value is not None})
 
 
 def route_of(module: nn.Module) -> Route | None:

@@ -35,7 +35,7 @@ LAYERS = (
     ),
     ("backends",),
     ("phases", "ranks", "rank_steps", "team", "scale_training", "attachment", "exporters", "runtime", "analysis"),
-    ("evaluate", "inputs", "tuning", "report", "strategies"),
+    ("evaluate", "inputs", "tuning", "report", "strategies", "precision", "averaging", "pruning"),
     ("parts",),
     ("figures",),
     ("pipeline",),
@@ -50,8 +50,8 @@ LAYERS = (
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 
 KNOW_LIGHTNING = (
-    "evaluate", "inputs", "tuning", "parts", "pipeline", "from_checkpoint", "planning", "post_training", "callbacks",
-    "demo", "lightning_cli", "cli",
+    "evaluate", "inputs", "averaging", "pruning", "tuning", "parts", "pipeline", "from_checkpoint", "planning",
+    "post_training", "callbacks", "demo", "lightning_cli", "cli",
 )  # fmt: skip
 LIGHTNING = ("pytorch_lightning", "lightning", "lightning_fabric")
 # torch.quantization is the old name of torch.ao.quantization

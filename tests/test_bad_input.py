@@ -196,16 +196,21 @@ def test_a_validation_step_that_raises(made_by: Any) -> None:
     refused(made_by(), CaptureError, message, model=_ValidationFails())
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "16-true", "64-true"])
-def test_training_needs_float32(precision: str) -> None:
-    message = rf"Trainer\(precision='{precision}'\): quantization needs float32 activations.*precision='32-true'"
-    refused(qat(), ConfigError, message, precision=precision)
-
-
-@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
-def test_calibration_needs_float32_weights(precision: str) -> None:
-    message = rf"Trainer\(precision='{precision}'\): quantization needs float32 weights to start from"
-    refused(ptq(), ConfigError, message, precision=precision)
+@BOTH
+@pytest.mark.parametrize(
+    ("precision", "remedy"),
+    [
+        ("bf16-true", r", or 'bf16-mixed': layers compute in half as here, and their weights stay float32\.$"),
+        ("16-true", r", or '16-mixed': layers compute in half as here, and their weights stay float32\.$"),
+        ("64-true", r"\.$"),
+    ],
+)
+def test_precisions_that_cast_weights(made_by: Any, precision: str, remedy: str) -> None:
+    message = (
+        rf"^Trainer\(precision='{precision}'\): int8 is made from float32 weights, and this precision casts them\. "
+        rf"Use Trainer\(precision='32-true'\){remedy}"
+    )
+    refused(made_by(), ConfigError, message, precision=precision)
 
 
 @BOTH
@@ -284,7 +289,7 @@ def test_a_forward_that_cannot_be_captured(made_by: Any) -> None:
 
 def test_one_callback_can_be_used_after_it_was_refused() -> None:
     callback = qat()
-    refused(callback, ConfigError, "float32", precision="bf16-mixed")
+    refused(callback, ConfigError, "float32", precision="bf16-true")
     trainer(callback).fit(Watched(), Digits())
     assert callback.report.artifacts["torchscript"].is_file()
     assert callback.export == ONE_FORMAT

@@ -248,8 +248,7 @@ def _plain_graph(program: torch.export.ExportedProgram) -> fx.GraphModule:
         elif node.op == "output":
             leaves = list(tree_flatten(node.args)[0])
             node.args = (tree_unflatten(leaves, program.call_spec.out_spec),)
-        elif node.op == "call_function" and "_assert" in str(node.target):
-            graph.erase_node(node)  # of the example's device and sizes
+    _drop_assertions(module)
     for node in graph.nodes:
         stack = node.meta.get("nn_module_stack", {})
         node.meta["nn_module_stack"] = {
@@ -257,6 +256,16 @@ def _plain_graph(program: torch.export.ExportedProgram) -> fx.GraphModule:
         }
     graph.set_codegen(fx.graph.CodeGen())
     return fx.GraphModule(holder, graph)
+
+
+def _drop_assertions(module: fx.GraphModule) -> None:
+    """Of the example's device, sizes and dtypes, which autocast changes; also in its own regions of the graph."""
+    for part in module.modules():
+        if isinstance(part, fx.GraphModule):
+            for node in list(part.graph.nodes):
+                if node.op == "call_function" and "_assert" in str(node.target):
+                    part.graph.erase_node(node)
+            part.recompile()
 
 
 #: Operators with a mode: the position of the argument that says it, and what it is in evaluation.
