@@ -38,6 +38,7 @@ PEERS = {
 }
 #: pt2e does not observe what ONNX Runtime's convolutions need before a SiLU and the like: its files are OpenVINO's.
 OURS = {
+    "ours, fx, all in int8": ("onnxruntime", "int8/model.onnx"),
     "ours, fx": ("onnxruntime", "fx/model.onnx"),
     "ours, fx ": ("openvino", "fx/model.xml"),
     "ours, pt2e ": ("openvino", "pt2e/model.xml"),
@@ -49,7 +50,8 @@ Made by `make bench-latency`. Milliseconds on 2 threads, 224x224: medians over r
 timed in a process of its own. All files of a network come from the same float model and the same calibration data.
 OpenVINO runs a shape that is fixed. *own quantizer*: `onnxruntime.quantization.quantize_static` (QDQ, weights per
 channel), whose file OpenVINO runs as well. *NNCF*: `nncf.quantize` of the OpenVINO model. *ours*:
-`ExportConfig(skip_slow=True)`. The last column is the fastest of ours by the fastest of all others.
+`ExportConfig(skip_slow=True)`, which decides by one sample; *all in int8*: without it. The last column is the fastest
+of ours by the fastest of all others.
 """
 
 
@@ -118,8 +120,11 @@ def write_files(name: str, folder: Path) -> None:
             for x in data:
                 prepared(x)
         formats: Any = ("onnx", "openvino") if backend == "fx" else ("openvino",)
-        files = ExportConfig(directory=str(folder / backend), formats=formats, skip_slow=True)
-        export(prepared, None, files, example_inputs=data[0])
+        files = [ExportConfig(directory=str(folder / backend), formats=formats, skip_slow=True)]
+        if backend == "fx":
+            files.append(ExportConfig(directory=str(folder / "int8"), formats=("onnx",)))
+        for config_of_files in files:
+            export(prepared, None, config_of_files, example_inputs=data[0])
 
 
 def timed(runtime: str, path: Path, batch: int, seconds: float = 1.0) -> float:

@@ -12,7 +12,7 @@ import importlib
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -240,6 +240,40 @@ def pt2e() -> Any:
     finally:
         logger.setLevel(level)
     return SimpleNamespace(**found)
+
+
+def register_int8_kernels() -> None:
+    """Teach the inductor of this process the int8 convolutions and matrix products of oneDNN.
+
+    torchao registers them when its quantizer is imported, for good: only in a process that does nothing else. Its
+    patterns take for granted that what stands before and behind a matrix product folds the sizes in front and puts the
+    same ones back; with free sizes, other reshapes match as well, and it computes something else. Those are left out.
+
+    Raises:
+        ImportError: torchao is not installed, or not of a version that this knows.
+        AttributeError: As before.
+    """
+    passes: Any = importlib.import_module("torchao.quantization.pt2e.inductor_passes.x86")
+    checks = passes._is_valid_dequant_linear_pattern
+    get_linear = passes._get_linear_node
+
+    def checked(dtype: torch.dtype, folds: bool, contiguous: bool) -> Callable[[Any], bool]:
+        theirs = checks(dtype, folds, contiguous)
+
+        def check(match: Any) -> bool:
+            if not folds:
+                return bool(theirs(match))
+            if not contiguous:  # it compares the sizes as numbers
+                sizes = (*match.kwargs["act_expand_size"], *match.kwargs["wgt_expand_size"])
+                return not any(isinstance(size, torch.fx.Node) for size in sizes) and bool(theirs(match))
+            _, behind = get_linear(match, folds, contiguous)
+            before = match.kwargs["x"].meta["val"].shape
+            return tuple(behind.meta["val"].shape[:-1]) == tuple(before[:-1]) and bool(theirs(match))
+
+        return check
+
+    passes._is_valid_dequant_linear_pattern = checked
+    importlib.import_module("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
 
 
 #: The announcements that a user of this package can do nothing about, by the start of their text.

@@ -84,7 +84,7 @@ def inspect(file: str, json: bool = False, full: bool = False) -> None:
     if metadata["left_float"]:
         names = ", ".join(name or "everything" for name in metadata["left_float"])
         console.print(f"in float in this file, because its runtime is faster so: {names}", markup=False)
-    if path.suffix in SHOWN:
+    if path.name.endswith(SHOWN):
         console.print(_kernels(path), markup=False)
 
 

@@ -330,9 +330,9 @@ class ExportConfig:
         formats: ``torchscript``, ``onnx``, ``openvino``, ``pt2`` (``torch.export``), ``aoti`` (compiled by AOTInductor
             for this kind of CPU). None: the native format of the backend, and ``onnx`` and ``openvino`` where they can
             be written and their extras are installed. Formats that are named are checked at once.
-        skip_slow: In each file, leave in float what its runtime runs slower in int8 on this machine, by measurement: no
-            file is slower than float then. ``pt2`` has no runtime of its own and stays as it is. It takes a dozen
-            trial files for each format.
+        skip_slow: In each file, leave in float what its runtime runs slower in int8 on this machine, by measurement with
+            one sample at a time: no file is slower than float then. ``pt2`` has no runtime of its own and stays as it
+            is. It takes a dozen trial files for each format.
 
     Raises:
         ConfigError: A format is not known or is named twice.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
+import zipfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +12,8 @@ from typing import Any
 
 import torch
 
-#: Suffixes of the files whose runtimes show what they made of them.
-SHOWN = (".onnx", ".xml")
+#: Ends of the names of files whose runtimes show what they made of them.
+SHOWN = (".onnx", ".xml", ".aoti.pt2")
 
 #: ONNX Runtime: products of integers. The names are those of its contributed operators.
 _ONNX_INT8 = (
@@ -22,6 +24,10 @@ _ONNX_FLOAT = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMu
 _ONNX_CONVERSIONS = ("QuantizeLinear", "DequantizeLinear")
 #: OpenVINO: types of layers in its executable graph.
 _OPENVINO_PRODUCTS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
+#: AOTInductor: what its program in C++ calls.
+_AOTI_CALL = re.compile(r"\baoti_torch_(?:cpu_|proxy_executor_)?(\w+)\(")
+_AOTI_INT8 = re.compile(r"_?q(conv|linear)|_?int_mm")
+_AOTI_FLOAT = re.compile(r"(mkldnn_)?_?(convolution|linear|addmm|baddbmm|bmm|mm)(_|$)")
 
 
 @dataclass(frozen=True)
@@ -45,13 +51,15 @@ def kernels(path: Path) -> Kernels | None:
     """Count the steps of a file; None where its runtime does not show them.
 
     Args:
-        path: An ``.onnx`` or ``.xml`` file.
+        path: An ``.onnx`` or ``.xml`` file, or a package of AOTInductor.
 
     Raises:
         ImportError: The runtime is not installed.
     """
-    if path.suffix not in SHOWN:
+    if not path.name.endswith(SHOWN):
         return None
+    if path.suffix == ".pt2":
+        return _of_aoti(path)
     return _of_onnx(path) if path.suffix == ".onnx" else _of_openvino(path)
 
 
@@ -92,3 +100,13 @@ def _of_openvino(path: Path) -> Kernels:
             floating += precision not in ("u8", "i8")
         conversions += kind in ("FakeQuantize", "Quantize")
     return Kernels(int8, floating, conversions, dict(counts.most_common()))
+
+
+def _of_aoti(path: Path) -> Kernels:
+    """By the calls in its program in C++, which fuses conversions with what is around them."""
+    with zipfile.ZipFile(path) as archive:
+        programs = [archive.read(name).decode() for name in archive.namelist() if name.endswith(".wrapper.cpp")]
+    calls = Counter(name for program in programs for name in _AOTI_CALL.findall(program))
+    int8 = sum(count for name, count in calls.items() if _AOTI_INT8.match(name))
+    floating = sum(count for name, count in calls.items() if _AOTI_FLOAT.match(name))
+    return Kernels(int8, floating, 0, dict(calls.most_common()))

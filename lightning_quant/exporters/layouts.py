@@ -70,11 +70,14 @@ class Layout:
         reading: Steps that take integers and may give floats.
         convs_write_integers: There is an int8 convolution only where its output is quantized, directly or behind a
             ReLU; any other convolution is left in float.
+        moved_again: Values that were moved behind a pair (pooled by their maximum, reshaped) have a pair of their own:
+            the runtime only looks at what stands right before a layer.
     """
 
     combining: frozenset[Any] = frozenset()
     reading: frozenset[Any] = frozenset()
     convs_write_integers: bool = False
+    moved_again: bool = False
 
 
 _PRODUCTS = frozenset({_ATEN.matmul.default, _ATEN.mm.default, _ATEN.bmm.default})
@@ -89,7 +92,7 @@ LAYOUTS: dict[str, Layout | None] = {
         convs_write_integers=True,
     ),
     "openvino": Layout(combining=_SUMS | _with_in_place("mul"), reading=_PRODUCTS | _POOLS),
-    "aoti": Layout(combining=_SUMS, reading=_POOLS),
+    "aoti": Layout(combining=_SUMS, reading=_POOLS, moved_again=True),
 }
 
 
@@ -108,7 +111,8 @@ def laid_out(program: Program, layout: Layout | None, in_float: Collection[str] 
     found = _int8_calls(result)
     floating = set(in_float) & found.keys()
     if layout is not None:
-        _drop(result, (q for q in _pairs(graph) if _moves_integers(q)))
+        if not layout.moved_again:
+            _drop(result, (q for q in _pairs(graph) if _moves_integers(q)))
         if layout.convs_write_integers:
             for name, calls in found.items():
                 if any(call.target in _CONVS and not _writes_integers(call) for call in calls):

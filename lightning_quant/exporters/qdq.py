@@ -203,12 +203,15 @@ def to_program(
     try:
         with quiet(), warnings.catch_warnings(), torch.no_grad():
             warnings.filterwarnings("ignore", module="torch.export")
-            return torch.export.export(Variadic(module).eval(), inputs, dynamic_shapes=(shapes,), strict=False)
+            program = torch.export.export(Variadic(module).eval(), inputs, dynamic_shapes=(shapes,), strict=False)
     except RuntimeError as error:  # torch.export's own errors, and those of the operators that it runs
         raise ExportError(
             f"torch.export cannot capture the model with a free batch dimension: {error}\nLeave the part that it names "
             "out with QuantConfig(targets=...), or the format out of ExportConfig(formats=...)."
         ) from error
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # lines of the user's code and folders of this machine, in files for others
+    return program
 
 
 def dynamic_shapes(inputs: tuple[Any, ...], batch: Any, free_dims: tuple[tuple[int, ...], ...]) -> Any:

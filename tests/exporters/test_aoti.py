@@ -7,15 +7,20 @@ import functools
 import re
 import zipfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import Mlp, TwoInputs, calibrated, decibels
+from models import Mlp, Residual, TwoInputs, calibrated, decibels, settle
 from torch import nn
 
-from lightning_quant import ArtifactError, ExportConfig, ExportError, export, load
+from lightning_quant import ArtifactError, ExportConfig, ExportError, QuantConfig, export, load
+from lightning_quant.analysis.kernels import kernels
+from lightning_quant.exporters import aoti
+
+needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao")
 
 
 def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,3 +111,79 @@ def test_a_package_that_somebody_else_compiled_does_not_run(files: Callable[[str
     text = f"{path}: not written by lightning_quant (it has no metadata). Load it with its own runtime."
     with pytest.raises(ArtifactError, match=f"^{re.escape(text)}$"):
         load(path)
+
+
+def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.name.startswith("lightning_quant")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["fx", pytest.param("pt2e", marks=needs_torchao)])
+def test_integers_are_multiplied(backend: Any, tmp_path: Path) -> None:
+    """What stands before and behind a layer is what the patterns of inductor look for, a pool and a reshape too."""
+    x = torch.randn(8, 3, 8, 8)
+    prepared = calibrated(settle(Residual()).eval(), x, config=QuantConfig(backend=backend))
+    before = torch._inductor.config.pre_grad_custom_pass
+    path = export(prepared, None, ExportConfig(directory=tmp_path, formats=("aoti",)), x)["aoti"]
+    found = kernels(path)
+    assert found is not None
+    assert (found.int8, found.floating) == (6, 0)  # five convolutions and a linear layer
+    assert torch._inductor.config.pre_grad_custom_pass is before  # the user's torch.compile is as it was
+
+
+@pytest.mark.slow
+def test_without_torchao_floats_are_multiplied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(aoti, "find_spec", lambda name: None)
+    x = torch.randn(8, 4)
+    path = export(calibrated(Mlp().eval(), x), None, ExportConfig(directory=tmp_path, formats=("aoti",)), x)["aoti"]
+    found = kernels(path)
+    assert found is not None
+    assert found.int8 == 0
+    assert found.floating > 0
+    assert warned(caplog) == [
+        "model.aoti.pt2: torchao is not installed (pip install 'lightning-quant[pt2e]'). It is compiled without int8 "
+        "kernels: it runs slower."
+    ]
+
+
+@needs_torchao
+@pytest.mark.slow
+def test_a_package_with_wrong_int8_kernels_is_compiled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    x, compile_right = torch.randn(8, 4), aoti._compile
+
+    def compile_wrong(source: Path, path: Path, described: Path, *, int8_kernels: bool) -> None:
+        if int8_kernels:
+            other = torch.export.export(Mlp().eval(), (x[:2],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+            torch.export.save(other, source.with_name("other.pt2"))
+            source = source.with_name("other.pt2")
+        compile_right(source, path, described, int8_kernels=int8_kernels)
+
+    monkeypatch.setattr(aoti, "_compile", compile_wrong)
+    model = Mlp().eval()
+    path = export(calibrated(model, x), None, ExportConfig(directory=tmp_path, formats=("aoti",)), x)["aoti"]
+    with torch.no_grad():
+        assert decibels(model(x), load(path)(x)) > 25
+    (message,) = warned(caplog)
+    pattern = (
+        r"model\.aoti\.pt2: torchao's int8 kernels compute something else for this model \(-?\d+\.\d dB\)\. It is "
+        r"compiled without int8 kernels: it runs slower\."
+    )
+    assert re.fullmatch(pattern, message)
+
+
+@pytest.mark.slow
+def test_what_the_compiler_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a compiler that does not work: its last lines."""
+    broken = tmp_path / "g++"
+    broken.write_text("#!/bin/sh\necho broken compiler >&2\nexit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    x = torch.randn(8, 4)
+    prepared = calibrated(Mlp().eval(), x)
+    with pytest.raises(ExportError, match=r"^AOTInductor (cannot compile this model: |needs a C\+\+ compiler: )"):
+        export(prepared, None, ExportConfig(directory=tmp_path / "files", formats=("aoti",)), x)
