@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import statistics
 import subprocess
 import sys
@@ -172,7 +173,11 @@ def race(folder: Path, batch: int, rounds: int) -> dict[str, float]:
     for _ in range(rounds):
         for name, (runtime, file) in contestants.items():
             command = [sys.executable, __file__, "--time", runtime, str(folder / file), str(batch)]
-            times[name].append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            done = subprocess.run(command, check=False, capture_output=True, text=True)
+            if done.returncode and name in OURS:
+                raise RuntimeError(f"{file}: {done.stderr}")
+            # a runtime may end its process on a peer's file: that one has no time
+            times[name].append(math.inf if done.returncode else float(done.stdout))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -196,11 +201,17 @@ def page(results: dict[str, dict[int, dict[str, float]]], left: dict[str, dict[s
         lines += ["|" + "---|" * (len(head) + 2)]
         for model, by_batch in results.items():
             times = by_batch[batch]
-            cells = [f"{times[n]:.2f}" + (f" ({left[model][n]})" if left[model].get(n) else "") for n in names]
+            cells = [_cell(times[n], left[model].get(n, 0)) for n in names]
             ratio = min(times[n] for n in OURS) / min(times[n] for n in PEERS)
             lines.append(f"| {model} | " + " | ".join(cells) + f" | {ratio:.2f} |")
         lines.append("")
     path.write_text("\n".join(lines), encoding="utf8")
+
+
+def _cell(milliseconds: float, left: int) -> str:
+    if math.isinf(milliseconds):
+        return "the runtime crashes"
+    return f"{milliseconds:.2f}" + (f" ({left})" if left else "")
 
 
 def main() -> None:

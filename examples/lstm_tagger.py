@@ -1,4 +1,4 @@
-"""An LSTM names the kind of each character of a program (name, number, string ...); dynamic quantization, no data needed.
+"""An LSTM names the kind of each character of a program (name, number, string ...); dynamic quantization.
 
     python examples/lstm_tagger.py fit --config examples/lstm_tagger.yaml
 

@@ -1,7 +1,7 @@
 """LightningCLI as it comes: the callback is one of the Trainer's, in YAML or by flags.
 
-    python examples/plain_lightning_cli.py fit --config examples/plain_lightning_cli.yaml
-    python examples/plain_lightning_cli.py fit --trainer.max_epochs=2 --trainer.callbacks+=QuantizationAwareTraining
+python examples/plain_lightning_cli.py fit --config examples/plain_lightning_cli.yaml
+python examples/plain_lightning_cli.py fit --trainer.max_epochs=2 --trainer.callbacks+=QuantizationAwareTraining
 """
 
 from pytorch_lightning.cli import LightningCLI

@@ -31,7 +31,12 @@ def test_settings_have_their_example() -> None:
 def test_example_runs(path: Path, tmp_path: Path) -> None:
     settings = ["fit", "--config", str(path.with_suffix(".yaml"))] if path in WITH_SETTINGS else []
     done = subprocess.run(
-        [sys.executable, str(path), *settings], cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False
+        [sys.executable, str(path), *settings],
+        cwd=tmp_path,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     if path.stem == "without_trainer":
