@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 import torch
 from models import Residual, calibrated, decibels, settle
+from roots import pl
 from test_docs import blocks
 
 from lightning_quant import ExportConfig, QuantConfig, export, load
 from lightning_quant.cli import main
 from lightning_quant.config import FormatName
+from lightning_quant.demo import Digits, DigitsClassifier
 from lightning_quant.runtime import read_metadata
 
 PAGE = Path(__file__).parents[1] / "docs" / "deploy.md"
@@ -178,6 +180,8 @@ def test_the_program_in_cpp(compiled_folder: Path) -> None:
     check_logits(folder, "model.aoti.pt2", logits)
 
 
+#: What a command says that is about a LightningModule, and not about files.
+OF_A_MODULE = {"my_package.MyModule"}
 COMMANDS = [
     shlex.split(line, comments=True)[1:]
     for page in (PAGE, PAGE.parents[1] / "README.md")
@@ -187,12 +191,34 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package with a LightningModule and its data, and a checkpoint of a float run."""
+    folder = tmp_path_factory.mktemp("trained")
+    names = "DigitsClassifier as MyModule, Digits as MyData"
+    (folder / "my_package.py").write_text(f"from lightning_quant.demo import {names}\n")
+    trainer = pl.Trainer(max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, limit_val_batches=0)
+    trainer.fit(DigitsClassifier(), Digits())
+    trainer.save_checkpoint(folder / "old.ckpt")
+    return folder
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if not OF_A_MODULE & {*c}], ids=" ".join)
 def test_a_command_of_the_pages(command: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     (folder / "old").mkdir(exist_ok=True)
     shutil.copy(folder / "quantized" / "model.onnx", folder / "old" / "model.onnx")
     assert main(command) == 0
+
+
+def test_the_commands_that_take_a_module(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In their order: the plan that one writes is what the next one reads."""
+    monkeypatch.syspath_prepend(trained)
+    monkeypatch.chdir(trained)
+    commands = [command for command in COMMANDS if OF_A_MODULE & {*command}]
+    assert commands
+    for command in commands:
+        assert main(command) == 0
 
 
 def test_the_table_of_metadata_is_whole(folder: Path) -> None:
