@@ -15,11 +15,13 @@ def main() -> None:
     model, datamodule = DigitsClassifier(), Digits()
     callback = QuantizationAwareTraining(
         start_epoch=1,
-        freeze_observers_epoch=2,
+        # first batch norms, then ranges: activations move when batch norms change to their running statistics, and
+        # ranges that are frozen by then clip them
         freeze_batch_norm_epoch=2,
+        freeze_observers_epoch=4,
         export=ExportConfig(directory="quantized/quantization_aware"),
     )
-    trainer = Trainer(max_epochs=3, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[callback])
+    trainer = Trainer(max_epochs=6, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[callback])
     trainer.fit(model, datamodule)
     report = callback.report
     assert report is not None

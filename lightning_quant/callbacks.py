@@ -417,7 +417,9 @@ class QuantizationAwareTraining(QuantizationCallback):
     Args:
         config: What is quantized, and how.
         start_epoch: The first epoch with fake quantize; before it, training is float training bit for bit.
-        freeze_observers_epoch: From this epoch on, ranges of activations stay as they are; None: never.
+        freeze_observers_epoch: From this epoch on, ranges of activations stay as they are; None: never. Later than
+            ``freeze_batch_norm_epoch``: activations move when batch norms change to their running statistics, and
+            ranges that are frozen by then clip them.
         freeze_batch_norm_epoch: From this epoch on, batch norms use and keep their running statistics; None: never.
         export: Which files are written, and where.
         plan_only: Write ``plan.yaml`` into the folder of ``export``, which says what would be done with each layer,
