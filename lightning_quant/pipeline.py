@@ -45,11 +45,15 @@ from lightning_quant.figures import (
     times_of,
 )
 from lightning_quant.inputs import Sample
+from lightning_quant.layer_reports import layer_reports
 from lightning_quant.parts import Graphs, Part, Quantized, parts_of
 from lightning_quant.placement import Observed, ToFile, divert
+from lightning_quant.provenance import checksums, versions
 from lightning_quant.ranks import merge_ranks
 from lightning_quant.report import QuantReport
+from lightning_quant.report_page import NO_HTML, can_write_html, write_html
 from lightning_quant.runtime import load
+from lightning_quant.samples import SampleCounter
 from lightning_quant.team import ALONE, Team
 
 log = logging.getLogger(__name__)
@@ -115,6 +119,7 @@ def deliver(
     metrics_float: dict[str, float] | None = None,
     metrics_before: dict[str, float] | None = None,
     team: Team = ALONE,
+    made_by: dict[str, Any] | None = None,
     run: str = "",
 ) -> QuantReport:
     """Evaluate the int8 model, write and verify its files, time them, and write the report.
@@ -133,6 +138,7 @@ def deliver(
         metrics_float: If they are known already.
         metrics_before: Of the module before training.
         team: The processes that take part.
+        made_by: The callback, from :func:`lightning_quant.provenance.made_by`; None: none did.
         run: Who asks for it, for the report.
 
     Raises:
@@ -141,7 +147,10 @@ def deliver(
     """
     if metrics_float is None:
         metrics_float = evaluate(copy_of(quantized.float_module), data) if data else {}
-    metrics_int8 = evaluate(quantized.module, data) if data else {}
+    counter = SampleCounter(data.root) if data else None
+    callbacks = [counter.callback] if counter else []
+    metrics_int8 = evaluate(quantized.module, data, callbacks=callbacks) if data else {}
+    num_samples = counter.of_all(data.team) if counter and data else None
     parts = parts_of(quantized, sample, captured)
     covered = covered_by(quantized, captured, sample, parts)
     written: list[Written] = []
@@ -164,9 +173,13 @@ def deliver(
             metrics_float=metrics_float,
             metrics_int8=metrics_int8,
             num_processes=team.size,
+            num_samples=num_samples,
+            made_by=made_by or {},
             run=run,
         )
         found.write(export.path)
+        if can_write_html():
+            write_html(found, export.path / "report.html")
         return found
 
     return team.by_first(report)
@@ -224,7 +237,10 @@ def _report(
     entries = format_reports(parts, written, metrics)
     native = entries[written.formats[0]]
     resolved = parts[0].program.config
+    layers, unseen = layer_reports(quantized, captured)
     notes = []
+    if not can_write_html():
+        notes.append(NO_HTML)
     if len(parts) > 1 or parts[0].program.name:
         notes.append("The module's own forward could not be captured around its targets: there is one file per target.")
     return QuantReport(
@@ -247,6 +263,11 @@ def _report(
         kept=kept_parts(quantized),
         float_layers=float_layers(quantized, captured, covered),
         fused=fused_groups(quantized),
+        layers=layers,
+        layers_unseen=unseen,
+        coverage_layers=tuple(row for row in covered.rows if row.weighted),
+        checksums=checksums(file for artifact in written.artifacts for file in files_of(artifact.path)),
+        versions=versions(),
         notes=notes,
     )
 

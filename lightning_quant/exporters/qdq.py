@@ -67,12 +67,21 @@ class Int8Weight(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer on ``x`` with the dequantized weight."""
+        return self.compute(x, self.dequantized())
+
+    def dequantized(self) -> torch.Tensor:
+        """What the integers of the weight stand for, float32."""
+        weight: torch.Tensor
         if self.scalars is not None:
             weight = _OPS.dequantize_per_tensor.default(self.weight, *self.scalars, -128, 127, torch.int8)
         else:
             weight = _OPS.dequantize_per_channel(
                 self.weight, self.scale, self.zero_point, self.axis, -128, 127, torch.int8
             )
+        return weight
+
+    def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The layer on ``x`` with another weight of the same shape, such as the float one."""
         if self.pad:
             x = F.pad(x, self.pad, mode=self.padding_mode)
         result: torch.Tensor = self.function(x, weight, self.bias, **self.arguments)
@@ -99,17 +108,23 @@ def _call_arguments(layer: Any) -> dict[str, Any]:
     return arguments
 
 
+def int8_weight(module: nn.Module) -> Int8Weight | None:
+    """A layer of a reference graph, and what is fused with it, with its weight in int8; None: it has none."""
+    # the name of what is fused is that of its layer
+    fused = list(module) if isinstance(module, nn.Sequential) else [module]
+    if not fused or type(fused[0]) not in _FUNCTIONS:
+        return None
+    return Int8Weight(fused[0], nn.Sequential(*fused[1:]) if len(fused) > 1 else None)
+
+
 def to_qdq(reference: fx.GraphModule) -> fx.GraphModule:
     """A copy of a reference graph with its weights stored as int8."""
     graph_module = copy.deepcopy(reference)
     for name in dict.fromkeys(str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"):
         module = graph_module.get_submodule(name)
-        # the name of what is fused is that of its layer
-        fused = list(module) if isinstance(module, nn.Sequential) else [module]
-        if type(fused[0]) in _FUNCTIONS:
-            after = nn.Sequential(*fused[1:]) if len(fused) > 1 else None
+        if (layer := int8_weight(module)) is not None:
             parent, _, child = name.rpartition(".")
-            setattr(graph_module.get_submodule(parent), child, Int8Weight(fused[0], after))
+            setattr(graph_module.get_submodule(parent), child, layer)
     _store_functional_weights(graph_module)
     _name_weights(graph_module)
     graph_module.graph.lint()
