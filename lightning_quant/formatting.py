@@ -38,8 +38,8 @@ def shown_shape(shape: list[int | None]) -> str:
 
 def shown_share(value: float | None) -> str:
     """In per cent; nothing for None. What is small is not shown as nothing."""
-    if value is None:
-        return ""
+    if not value:
+        return "" if value is None else "0 %"
     return "< 0.01 %" if 0 < value < 1e-4 else f"{100 * value:.2f} %" if value < 0.1 else f"{100 * value:.1f} %"
 
 

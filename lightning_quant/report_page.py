@@ -168,7 +168,9 @@ def _metrics(report: QuantReport) -> dict[str, Any]:
 
 
 def _latencies(report: QuantReport) -> list[dict[str, Any]]:
-    rows = [("float TorchScript", None, report.latency_ms_float)]
+    rows: list[tuple[str, float | None, float | None]] = []
+    if "torchscript" not in report.formats:
+        rows = [("float TorchScript", None, report.latency_ms_float)]
     rows += [(name, entry.latency_ms, entry.latency_ms_float) for name, entry in report.formats.items()]
     longest = max((x for _, *pair in rows for x in pair if x is not None), default=0.0) or 1.0
 

@@ -119,7 +119,7 @@ def sqnr_plot(layers: Sequence[LayerReport], width: int = 1040, colours: Colours
     """
     shown = [layer for layer in layers if layer.sqnr_db is not None or layer.alone_db is not None]
     named = len(shown) <= NAMED
-    drawn = figure(width, 46 + 22 * max(3, len(shown))) if named else figure(width, 300)
+    drawn = figure(width, 50 + 24 * max(3, len(shown))) if named else figure(width, 300)
     axes = drawn.subplots()
     places = list(range(len(shown)))
     for kind, colour in (("sqnr_db", "total"), ("alone_db", "alone")):
@@ -159,7 +159,7 @@ def _mark_worst(axes: Any, shown: list[LayerReport], named: bool, colours: Colou
         axes.plot(*xy, marker="o", markersize=7.5, color=colours["worst"], zorder=4)
         axes.annotate(
             str(number), xy, xytext=(0, 7) if not named else (8, 0), textcoords="offset points", fontweight="bold",
-            ha="center" if not named else "left", va="bottom" if not named else "center_baseline", fontsize=10.5,
+            ha="center" if not named else "left", va="bottom" if not named else "center_baseline", fontsize=12,
             color=colours["worst"], zorder=5,
         )  # fmt: skip
 
@@ -168,9 +168,9 @@ def _style(axes: Any, colours: Colours) -> None:
     """No frame, quiet ticks."""
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_visible(False)
-    axes.tick_params(length=0, labelsize=10.5, labelcolor=colours["muted"])
-    axes.xaxis.label.set_size(10.5)
-    axes.yaxis.label.set_size(10.5)
+    axes.tick_params(length=0, labelsize=12, labelcolor=colours["muted"])
+    axes.xaxis.label.set_size(12)
+    axes.yaxis.label.set_size(12)
     axes.set_axisbelow(True)
     axes.margins(x=0.03)
 
@@ -189,10 +189,10 @@ def spread_plot(layer: LayerReport, width: int = 330, colours: Colours = VARIABL
     parts = [(spread, title, colour) for spread, title, colour in (
         (layer.reads, "what it reads", "alone"), (layer.weight, "its weight", "weight"),
     ) if spread is not None and spread.counts]  # fmt: skip
-    drawn = figure(width, 104)
+    drawn = figure(width, 116)
     for axes, (spread, title, colour) in zip(drawn.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
         _draw_spread(axes, spread, colours[colour], colours)
-        axes.set_title(title, loc="left", fontsize=10.5, color=colours["muted"], pad=4)
+        axes.set_title(title, loc="left", fontsize=12, color=colours["muted"], pad=4)
     return drawn
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
-#: Values of a tensor that are counted, drawn evenly. The error of a bin's share is at most 0.5 / sqrt of this: 0.2 %.
+#: Values of a tensor that are counted, drawn evenly. The standard error of a bin's share is at most 0.5 / sqrt of this,
+#: which is 0.2 %.
 SAMPLE = 1 << 16
 BINS = 40
 #: A value that was only rounded moves by half a step; one that was cut off by a whole one is no mere tie at the end.
@@ -43,7 +45,7 @@ def spread(
     """The spread of a tensor.
 
     Args:
-        x: Of any shape. NaN and infinity do not count.
+        x: Floating-point, of any shape. NaN and infinity do not count.
         rounded: What its integers stand for, of the same shape; None: there is no fixed range.
         step: The scale of each value, of a shape that broadcasts to that of ``x``. Given with ``rounded``.
         bins: How many are counted.
@@ -54,22 +56,28 @@ def spread(
     >>> spread(torch.tensor([0.0, 1.0, 1.0, 4.0]), bins=4).counts
     (1, 2, 0, 1)
     """
-    values = x.detach().reshape(-1).float()
-    finite = torch.isfinite(values)
-    kept = values[finite]
-    if not kept.numel():
+    if not x.numel():
         return None
-    low, high = (float(v) for v in torch.aminmax(kept))
-    counts = torch.histc(sampled(kept), bins, low, high) if high > low else torch.tensor([float(kept.numel())])
+    low, high = (float(v) for v in torch.aminmax(x.detach()))
+    seen = sampled(x)
+    if not math.isfinite(high - low):
+        seen = x.detach().reshape(-1)
+        seen = sampled(seen[torch.isfinite(seen)])
+        if not seen.numel():
+            return None
+        low, high = (float(v) for v in torch.aminmax(seen))
+    counts = torch.histc(seen.float(), bins, low, high) if high > low else torch.tensor([float(seen.numel())])
     clipped = None
     if rounded is not None and step is not None:
-        moved = (x.detach() - rounded.detach()).abs() > _ROUNDED * step
-        clipped = float(moved.reshape(-1)[finite].float().mean())
+        if step.numel() == 1:  # of a weight, all values are looked at, each with the step of its channel
+            x, rounded = sampled(x), sampled(rounded)
+        clipped = float(((x - rounded).abs() > _ROUNDED * step).float().mean())
     return Spread(low=low, high=high, clipped=clipped, counts=tuple(int(n) for n in counts))
 
 
-def sampled(values: torch.Tensor) -> torch.Tensor:
-    """At most ``SAMPLE`` of the values ``(n,)``, drawn with a seed of its own; all of them where they are fewer."""
+def sampled(x: torch.Tensor) -> torch.Tensor:
+    """At most ``SAMPLE`` values ``(n,)`` of a tensor, at the same places of all tensors of a size; all if it has fewer."""
+    values = x.detach().reshape(-1)
     if values.numel() <= SAMPLE:
         return values
     generator = torch.Generator().manual_seed(0)

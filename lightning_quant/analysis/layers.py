@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from lightning_quant._torch_ao import RECURRENT_MODULES, is_fake_quantize, is_observer
-from lightning_quant.analysis.histograms import Spread, spread
+from lightning_quant.analysis.histograms import Spread, sampled, spread
 from lightning_quant.analysis.side_by_side import DEQUANTIZE, PER_CHANNEL, QUANTIZE, Graph, Sides, run_both
 from lightning_quant.analysis.sqnr import float_tensors, sqnr_db
 from lightning_quant.backends import backend_of, reference_graph
@@ -25,7 +25,7 @@ from lightning_quant.exporters.qdq import Int8Weight, int8_weight
 from lightning_quant.qat_modules import WITH_BATCH_NORM
 
 #: Samples of a batch that are looked at: enough for every layer to see thousands of values.
-SAMPLES = 16
+SAMPLES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,9 +341,13 @@ def _shown_function(function: Any) -> str:
 
 
 def _sqnr(reference: Any, other: Any) -> float | None:
-    """None where there is nothing to compare."""
+    """None where there is nothing to compare. Of large tensors, of 65,536 values at the same places, drawn evenly.
+
+    Of a normal error, its energy is then known to 0.6 %, and the SQNR to 0.03 dB.
+    """
+    pairs = [float_tensors(x) for x in (reference, other)]
     try:
-        return sqnr_db(reference, other)
+        return sqnr_db(*([sampled(x) for x in tensors] for tensors in pairs))
     except ValueError:
         return None
 
