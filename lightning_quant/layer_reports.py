@@ -23,8 +23,8 @@ from lightning_quant.parts import Quantized, join
 HISTOGRAMS = 12
 
 _PROGRAMS = (
-    "graphs of backend 'torchscript' are programs, which show no values from within. Use backend='fx' or 'eager' to see "
-    "the SQNR and the ranges of each layer"
+    "graphs of backend 'torchscript' are programs, which show no values from within. Use backend='fx' or 'eager' to "
+    "see the SQNR and the ranges of each layer"
 )
 _RANGES_AT_RUN_TIME = "method='dynamic' takes the ranges of activations while it runs: there are no clipping points"
 

@@ -167,11 +167,11 @@ class QuantReport:
         """The report as a page."""
         lines = ["# Quantization report", "", f"Method `{self.method}`, backend `{self.config['backend']}`, engine "
                  f"`{self.config['engine']}`. Quantized: {', '.join(f'`{t}`' for t in self.targets)}.", ""]  # fmt: skip
-        lines += _markdown_table(*self._summary())
+        lines += _markdown_table(*self.summary())
         lines += ["", "## Files", ""]
-        lines += _markdown_table(*self._files())
+        lines += _markdown_table(*self.files())
         lines += [f"- `{name}` was not written: {reason}." for name, reason in self.formats_left_out.items()]
-        lines += [f"- {text}" for text in self._left_float()]
+        lines += [f"- {text}" for text in self.left_float()]
         lines += ["", "## Layers in float", ""]
         lines += [f"- `{name}`: {reason}" for name, reason in self.float_layers.items()] or ["None."]
         if self.kept:
@@ -183,7 +183,8 @@ class QuantReport:
             lines += ["", "## Notes", ""] + [f"- {note}" for note in self.notes]
         return "\n".join(lines) + "\n"
 
-    def _summary(self) -> tuple[list[str], list[list[str]]]:
+    def summary(self) -> tuple[list[str], list[list[str]]]:
+        """The table of float beside int8, as text: the heads of its columns, and its rows."""
         head = ["", "float", "int8", "change"]
         rows = []
         for name in sorted(self.metrics_float.keys() | self.metrics_int8.keys()):
@@ -204,7 +205,8 @@ class QuantReport:
                 row.insert(1, shown_number(self.metrics_before.get(row[0])))
         return head, rows
 
-    def _files(self) -> tuple[list[str], list[list[str]]]:
+    def files(self) -> tuple[list[str], list[list[str]]]:
+        """The table of files, as text: the heads of its columns, and its rows."""
         head = ["format", "file", "size", "latency", "float", "int8 kernels", "SQNR against its program",
                 "metrics, reloaded"]  # fmt: skip
         rows = []
@@ -231,7 +233,8 @@ class QuantReport:
             )
         return head, rows
 
-    def _left_float(self) -> list[str]:
+    def left_float(self) -> list[str]:
+        """A sentence for each format in whose files layers are in float that are not in the others."""
         shown = []
         for name, entry in self.formats.items():
             if entry.left_float == ("",) or (entry.left_float and entry.int8_kernels == 0):
@@ -244,7 +247,7 @@ class QuantReport:
     def print(self, console: Console | None = None) -> None:
         """Show the tables on the console."""
         console = console or Console()
-        tables = {f"int8 by {self.method} of {self.config['backend']}": self._summary(), "files": self._files()}
+        tables = {f"int8 by {self.method} of {self.config['backend']}": self.summary(), "files": self.files()}
         for title, (head, rows) in tables.items():
             table = Table(title=title, title_justify="left")
             for number, text in enumerate(head):
@@ -259,7 +262,7 @@ class QuantReport:
         for name, reason in self.kept.items():
             console.print(f"runs its own code: {name} ({reason})", markup=False)
         left_out = [f"{name} was not written: {reason}" for name, reason in self.formats_left_out.items()]
-        for note in [*left_out, *self._left_float(), *self.notes]:
+        for note in [*left_out, *self.left_float(), *self.notes]:
             console.print(note, markup=False)
 
     def write(self, directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""A report as one HTML page: tables, plots, files and their checksums. It is read without a network and without scripts.
+"""A report as one HTML page: tables, plots, files and their checksums. It is read without a network or scripts.
 
 The page is made from the numbers of the report alone, so that a ``report.json`` becomes a page again at any time. What
 it says is put together here, and how it looks is in ``templates/report.html``.
@@ -137,8 +137,8 @@ def _cards(report: QuantReport) -> list[Card]:
     best = report.formats[report.fastest] if report.formats else None
     latency = best.latency_ms if best else report.latency_ms_int8
     speed = report.latency_ms_float / max(1e-9, latency)
-    cards.append(Card(f"latency, {report.fastest}" if best else "latency", shown_ms(latency),
-                      f"{shown_ms(report.latency_ms_float)} as float TorchScript, {speed:.1f} times as fast"))  # fmt: skip
+    detail = f"{shown_ms(report.latency_ms_float)} as float TorchScript, {speed:.1f} times as fast"
+    cards.append(Card(f"latency, {report.fastest}" if best else "latency", shown_ms(latency), detail))
     detail = f"SQNR of the output {shown_db(report.sqnr_db)}"
     cards.append(Card("multiply-accumulates in int8", f"{100 * report.coverage:.1f} %", detail))
     return cards
@@ -179,7 +179,7 @@ def _latencies(report: QuantReport) -> list[dict[str, Any]]:
 
     found = []
     for name, int8, floating in rows:
-        speed = "" if int8 is None or floating is None else f"{floating / max(1e-9, int8):.2f} ×"
+        speed = "" if int8 is None or floating is None else f"{floating / max(1e-9, int8):.2f} times"
         is_fastest = bool(report.formats) and name == report.fastest
         found.append({
             "name": name, "bars": [(kind, bar(value)) for kind, value in (("int8", int8), ("float", floating))

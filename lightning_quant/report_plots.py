@@ -158,8 +158,8 @@ def _mark_worst(axes: Any, shown: list[LayerReport], named: bool, colours: Colou
         xy = (value, place) if named else (place, value)
         axes.plot(*xy, marker="o", markersize=7.5, color=colours["worst"], zorder=4)
         axes.annotate(
-            str(number), xy, xytext=(0, 7) if not named else (8, 0), textcoords="offset points", fontweight="bold",
-            ha="center" if not named else "left", va="bottom" if not named else "center_baseline", fontsize=12,
+            str(number), xy, xytext=(0, -7) if not named else (8, 0), textcoords="offset points", fontweight="bold",
+            ha="center" if not named else "left", va="top" if not named else "center_baseline", fontsize=12,
             color=colours["worst"], zorder=5,
         )  # fmt: skip
 

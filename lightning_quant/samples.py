@@ -38,4 +38,5 @@ class SampleCounter:
     def of_all(self, team: Team) -> int | None:
         """Of all processes together; None: it is not known."""
         found = team.gathered(self._samples)
-        return None if any(n is None for n in found) else sum(found) or None
+        known = [n for n in found if n is not None]
+        return sum(known) or None if len(known) == len(found) else None

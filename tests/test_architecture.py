@@ -34,10 +34,24 @@ LAYERS = (
         "layers",
     ),
     ("backends",),
-    ("phases", "ranks", "rank_steps", "team", "scale_training", "attachment", "exporters", "runtime", "analysis"),
-    ("evaluate", "inputs", "tuning", "report", "strategies"),
+    (
+        "phases",
+        "ranks",
+        "rank_steps",
+        "team",
+        "progress",
+        "provenance",
+        "scale_training",
+        "attachment",
+        "exporters",
+        "runtime",
+        "analysis",
+    ),
+    ("evaluate", "samples", "inputs", "tuning", "report", "strategies"),
     ("parts",),
-    ("figures",),
+    ("figures", "layer_reports"),
+    ("report_plots",),
+    ("report_page", "logging_to"),
     ("pipeline",),
     ("from_checkpoint",),
     ("callbacks",),
@@ -47,7 +61,10 @@ LAYERS = (
 )
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 
-KNOW_LIGHTNING = ("evaluate", "inputs", "tuning", "parts", "pipeline", "from_checkpoint", "callbacks", "demo", "cli")
+KNOW_LIGHTNING = (
+    "progress", "evaluate", "inputs", "tuning", "parts", "logging_to", "pipeline", "from_checkpoint", "callbacks",
+    "demo", "cli",
+)  # fmt: skip
 LIGHTNING = ("pytorch_lightning", "lightning", "lightning_fabric")
 # torch.quantization is the old name of torch.ao.quantization
 TORCH_AO = ("torch.ao", "torch.quantization", "torchao")

@@ -532,7 +532,8 @@ def test_after_training_in_mixed_precision_the_float_model_is_float32() -> None:
 @pytest.mark.parametrize("shown", [True, False])
 def test_progress_bar(shown: bool, capsys: pytest.CaptureFixture[str]) -> None:
     callback = ptq()
-    trainer(callback, enable_progress_bar=shown).validate(Classifier(convnet()), Digits())
+    bar = [pl.callbacks.TQDMProgressBar()] if shown else []
+    trainer(callback, *bar, enable_progress_bar=shown).validate(Classifier(convnet()), Digits())
     out = "".join(capsys.readouterr())
     assert ("Calibrating" in out) == shown
     assert "int8 by static" in out

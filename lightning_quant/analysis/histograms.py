@@ -76,7 +76,7 @@ def spread(
 
 
 def sampled(x: torch.Tensor) -> torch.Tensor:
-    """At most ``SAMPLE`` values ``(n,)`` of a tensor, at the same places of all tensors of a size; all if it has fewer."""
+    """``SAMPLE`` values ``(n,)`` of a tensor, at the same places of all tensors of a size; all if it has no more."""
     values = x.detach().reshape(-1)
     if values.numel() <= SAMPLE:
         return values

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,19 +9,17 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lightning_quant._torch_ao import RECURRENT_MODULES, is_fake_quantize, is_observer
 from lightning_quant.analysis.histograms import Spread, sampled, spread
+from lightning_quant.analysis.layer_graph import graph_of, inner_layer
 from lightning_quant.analysis.side_by_side import DEQUANTIZE, PER_CHANNEL, QUANTIZE, Graph, Sides, run_both
 from lightning_quant.analysis.sqnr import float_tensors, sqnr_db
-from lightning_quant.backends import backend_of, reference_graph
-from lightning_quant.backends.embeddings import Int8Table, StoredTable, Table
+from lightning_quant.backends.embeddings import Table
 from lightning_quant.backends.graph import engine, info, place_of
 from lightning_quant.backends.hiding import clamp_of
+from lightning_quant.backends.int8_weight import Int8Weight
 from lightning_quant.backends.islands import is_weighted
 from lightning_quant.backends.pt2e_folding import WEIGHTED, constants_of
 from lightning_quant.backends.tracing import LAYER
-from lightning_quant.exporters.qdq import Int8Weight, int8_weight
-from lightning_quant.qat_modules import WITH_BATCH_NORM
 
 #: Samples of a batch that are looked at: enough for every layer to see thousands of values.
 SAMPLES = 8
@@ -75,7 +72,7 @@ def layers_of(
     """
     known = info(prepared)
     with engine(known.config.engine):
-        graph = _graph_of(prepared, converted, dict(kept or {}))
+        graph = graph_of(prepared, converted, dict(kept or {}))
         watcher = _Watcher(graph)
         run_both(graph, data, watcher)
     return tuple(_merged(watcher.found))
@@ -94,9 +91,12 @@ def float_layers_of(module: nn.Module, run: Any) -> tuple[LayerReport, ...]:
         read = float_tensors(args[:1])
         found.append(
             LayerReport(
-                name=name, kind=type(layer).__name__, int8=None,
-                reads=spread(read[0]) if read else None, weight=_of_weights(layer),
-            )  # fmt: skip
+                name=name,
+                kind=type(layer).__name__,
+                int8=None,
+                reads=spread(read[0]) if read else None,
+                weight=_of_weights(layer),
+            )
         )
 
     kinds = (nn.RNNBase, nn.RNNCellBase, nn.Embedding, nn.EmbeddingBag)
@@ -112,83 +112,6 @@ def float_layers_of(module: nn.Module, run: Any) -> tuple[LayerReport, ...]:
         for handle in handles:
             handle.remove()
     return tuple(_merged(found))
-
-
-# ---- the graph
-
-
-def _graph_of(
-    prepared: fx.GraphModule, converted: nn.Module, kept: dict[str, tuple[nn.Module, nn.Module]]
-) -> Graph:
-    known = info(prepared)
-    floating, int8 = ({name: pair[side] for name, pair in kept.items()} for side in (0, 1))
-    if known.config.backend == "pt2e":
-        backend: Any = backend_of(known.config)
-        return Graph(backend.unfolded(prepared))
-    if known.method == "dynamic":
-        swapped = {name: part for name, part in converted.named_modules() if _is_dynamic(part)}
-        return Graph(_copied(prepared, kept), int8={**int8, **swapped}, floating=floating)
-    base = reference_graph(prepared, dict(floating))
-    before = _quiet_copy(prepared, kept)
-    layers, weights = {}, {}
-    for node in base.graph.nodes:
-        if node.op != "call_module" or node.target in kept:
-            continue
-        name = str(node.target)
-        module, own = base.get_submodule(name), _submodule(before, name)
-        if (layer := int8_weight(module)) is not None and own is not None:
-            layers[name], weights[name] = layer, _float_weight(own)
-        elif isinstance(module, StoredTable) or (name in known.swapped and own is not None):
-            floating[name] = own if own is not None else module
-        elif isinstance(own, (nn.RNNBase, nn.RNNCellBase)) and isinstance(
-            part := _submodule(converted, name), RECURRENT_MODULES
-        ):
-            int8[name] = part
-    return Graph(base, weights, layers, floating, int8)
-
-
-def _submodule(module: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return module.get_submodule(name)
-    except AttributeError:
-        return None
-
-
-def _is_dynamic(module: nn.Module) -> bool:
-    return isinstance(module, Int8Table) or ".quantized.dynamic." in type(module).__module__
-
-
-def _copied(prepared: fx.GraphModule, kept: Mapping[str, Any]) -> fx.GraphModule:
-    """A copy in eval mode on the CPU, without what it keeps."""
-    shared = {id(part): part for name in kept if (part := _submodule(prepared, name)) is not None}
-    twin: fx.GraphModule = copy.deepcopy(prepared, dict(shared))
-    return twin.cpu().eval()
-
-
-def _quiet_copy(prepared: fx.GraphModule, kept: Mapping[str, Any]) -> fx.GraphModule:
-    """:func:`_copied`, which observes and rounds nothing."""
-    twin = _copied(prepared, kept)
-    for name, module in list(twin.named_modules()):
-        if isinstance(module, Table):
-            module.fake_quantize = False
-        if is_fake_quantize(module):
-            module.disable_observer()  # type: ignore[operator]
-            module.disable_fake_quant()  # type: ignore[operator]
-        elif is_observer(module):
-            parent, _, child = name.rpartition(".")
-            setattr(twin.get_submodule(parent), child, nn.Identity())
-    return twin
-
-
-def _float_weight(layer: Any) -> torch.Tensor:
-    """The weight of a layer of a prepared graph, with its batch norm folded in."""
-    layer = _inner(layer)
-    weight: torch.Tensor = layer.weight.detach()
-    if isinstance(layer, WITH_BATCH_NORM):
-        norm = layer.bn
-        factor = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-        weight = weight * factor.reshape([-1] + [1] * (weight.dim() - 1))
-    return weight.detach()
 
 
 # ---- what is seen of it
@@ -237,7 +160,7 @@ class _Watcher:
         is_recurrent = isinstance(module, (nn.RNNBase, nn.RNNCellBase))
         if not is_recurrent and not is_weighted(type(module)):
             return None
-        inner, int8 = _inner(module), self.graph.int8.get(name)
+        inner, int8 = inner_layer(module), self.graph.int8.get(name)
         read = float_tensors(_floating(args[:1]))
         made = LayerReport(
             name=shown, kind=type(inner).__name__, int8=int8 is not None,
@@ -329,11 +252,6 @@ def _floating(args: Any) -> Any:
     return fx.node.map_aggregate(args, lambda x: x.floating if isinstance(x, Sides) else x)
 
 
-def _inner(module: Any) -> Any:
-    """The layer of what is fused."""
-    return module[0] if isinstance(module, nn.Sequential) and not hasattr(module, "weight") else module
-
-
 def _shown_function(function: Any) -> str:
     """``conv_transpose2d``, of torch's functions or its operators, as ``ConvTranspose2d``."""
     name = function._schema.name.rpartition("::")[2] if hasattr(function, "_schema") else function.__name__
@@ -388,8 +306,8 @@ def _merged(found: list[LayerReport]) -> Iterator[LayerReport]:
     by_name: dict[str, LayerReport] = {}
     for layer in found:
         known = by_name.setdefault(layer.name, layer)
-        worst = {name: _least(getattr(known, name), getattr(layer, name)) for name in ("alone_db", "sqnr_db")}
-        by_name[layer.name] = replace(known, **worst)
+        alone, together = _least(known.alone_db, layer.alone_db), _least(known.sqnr_db, layer.sqnr_db)
+        by_name[layer.name] = replace(known, alone_db=alone, sqnr_db=together)
     yield from by_name.values()
 
 

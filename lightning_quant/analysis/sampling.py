@@ -17,7 +17,7 @@ def standard_error(name: str, value: float, samples: int | None) -> float | None
 
     Args:
         name: Of the metric; only one that says that it is an accuracy has an error.
-        value: The share, 0 to 1.
+        value: The share, 0 to 1. At the ends the formula says nothing: it would be no error at all.
         samples: How many there were; None: it is not known.
 
     Returns:
@@ -28,6 +28,6 @@ def standard_error(name: str, value: float, samples: int | None) -> float | None
     >>> standard_error("val_loss", 0.9, 900) is None
     True
     """
-    if not samples or not 0 <= value <= 1 or not _SHARES.search(name):
+    if not samples or not 0 < value < 1 or not _SHARES.search(name):
         return None
     return math.sqrt(value * (1 - value) / samples)

@@ -1,8 +1,8 @@
 """One graph in float and in int8 at once, node by node, so that every layer can be compared on the same data.
 
-The graph is a reference graph: float arithmetic between quantize and dequantize operators. In float these give what they
-take, and layers compute with their float weights; in int8 they round. A third value is that of a layer *alone*: what it
-reads and its weight are rounded, and nothing before it is. That is what leaving the layer in float would save.
+The graph is a reference graph: float arithmetic between quantize and dequantize operators. In float these give what
+they take, and layers compute with their float weights; in int8 they round. A third value is that of a layer *alone*:
+what it reads and its weight are rounded, and nothing before it is. That is what leaving the layer in float would save.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_map
 
-from lightning_quant.exporters.qdq import Int8Weight
+from lightning_quant.backends.int8_weight import Int8Weight
 
 _OPS = torch.ops.quantized_decomposed
 QUANTIZE = (_OPS.quantize_per_tensor.default, _OPS.quantize_per_tensor.tensor, _OPS.quantize_per_channel.default)
@@ -118,7 +118,7 @@ class _Both(fx.Interpreter):
         if name in graph.layers:
             layer, weight = graph.layers[name], graph.float_weights[name]
             int8 = self._each(lambda a, k: layer(*a, **k), args, kwargs)
-            return Sides(layer.compute(*_side(args, "floating"), weight), int8.int8, int8.alone)
+            return Sides(layer.compute(args[0].floating, weight), int8.int8, int8.alone)
         module = self.fetch_attr(name)
         in_float, in_int8 = graph.floating.get(name, module), graph.int8.get(name, module)
         alone = None  # first: what it takes from float, another side may change in place
