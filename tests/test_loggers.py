@@ -1,4 +1,4 @@
-"""What arrives in the Trainer's loggers: read back from the files of TensorBoard and CSV, and seen in loggers of ours."""
+"""What arrives in the Trainer's loggers: read from the files of TensorBoard and CSV, and seen in loggers of ours."""
 
 from __future__ import annotations
 

@@ -121,9 +121,14 @@ def test_an_error_leaves_no_line(kind: str, alive: bool, console: Console, capsy
     if alive:
         bar.on_validation_start(run, None)
     before = len(bar.progress.tasks) if kind == "rich" and alive else len(tqdm._instances)
-    with pytest.raises(CalibrationError), progress_of(run).step("Calibrating", None) as advance:
-        advance("")
-        raise CalibrationError("no data")
+
+    def fail() -> None:
+        with progress_of(run).step("Calibrating", None) as advance:
+            advance("")
+            raise CalibrationError("no data")
+
+    with pytest.raises(CalibrationError):
+        fail()
     if kind == "rich":
         assert alive == (bar.progress is not None)
         if alive:
