@@ -173,8 +173,8 @@ warnings.simplefilter("always")
 warnings.filterwarnings("ignore", message="of the user's own")
 before = list(warnings.filters)
 for callback in (
-    QuantizationAwareTraining(QuantConfig(backend={backend!r}), export=ExportConfig("qat")),
-    PostTrainingQuantization(QuantConfig(backend={backend!r}), export=ExportConfig("ptq")),
+    QuantizationAwareTraining(QuantConfig(backend={backend!r}), export=ExportConfig(directory="qat")),
+    PostTrainingQuantization(QuantConfig(backend={backend!r}), export=ExportConfig(directory="ptq")),
 ):
     model = Loud(convnet())
     run = trainer(callback)

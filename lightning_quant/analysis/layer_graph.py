@@ -36,9 +36,9 @@ def graph_of(prepared: fx.GraphModule, converted: nn.Module, kept: dict[str, tup
         return Graph(backend.unfolded(prepared))
     if known.method == "dynamic":
         swapped = {name: part for name, part in converted.named_modules() if _is_dynamic(part)}
-        return Graph(_copied(prepared, kept), int8={**int8, **swapped}, floating=floating)
+        return Graph(_copied(prepared, floating), int8={**int8, **swapped}, floating=floating)
     base = reference_graph(prepared, dict(floating))
-    before = _quiet_copy(prepared, kept)
+    before = _quiet_copy(prepared, floating)
     layers, weights = {}, {}
     for node in base.graph.nodes:
         if node.op != "call_module" or node.target in kept:
@@ -47,8 +47,8 @@ def graph_of(prepared: fx.GraphModule, converted: nn.Module, kept: dict[str, tup
         module, own = base.get_submodule(name), _submodule(before, name)
         if (layer := int8_weight(module)) is not None and own is not None:
             layers[name], weights[name] = layer, _float_weight(own)
-        elif isinstance(module, StoredTable) or (name in known.swapped and own is not None):
-            floating[name] = own if own is not None else module
+        elif own is not None and (isinstance(module, StoredTable) or name in known.swapped):
+            floating[name], int8[name] = own, module
         elif isinstance(own, (nn.RNNBase, nn.RNNCellBase)) and isinstance(
             part := _submodule(converted, name), RECURRENT_MODULES
         ):
@@ -67,16 +67,18 @@ def _is_dynamic(module: nn.Module) -> bool:
     return isinstance(module, Int8Table) or ".quantized.dynamic." in type(module).__module__
 
 
-def _copied(prepared: fx.GraphModule, kept: Mapping[str, Any]) -> fx.GraphModule:
-    """A copy in eval mode on the CPU, without what it keeps."""
-    shared = {id(part): part for name in kept if (part := _submodule(prepared, name)) is not None}
-    twin: fx.GraphModule = copy.deepcopy(prepared, dict(shared))
+def _copied(prepared: fx.GraphModule, floating: Mapping[str, nn.Module]) -> fx.GraphModule:
+    """A copy in eval mode on the CPU, in which ``floating`` stands in the places of what it keeps."""
+    kept: dict[int, Any] = {
+        id(part): twin for name, twin in floating.items() if (part := _submodule(prepared, name)) is not None
+    }
+    twin: fx.GraphModule = copy.deepcopy(prepared, kept)
     return twin.cpu().eval()
 
 
-def _quiet_copy(prepared: fx.GraphModule, kept: Mapping[str, Any]) -> fx.GraphModule:
+def _quiet_copy(prepared: fx.GraphModule, floating: Mapping[str, nn.Module]) -> fx.GraphModule:
     """:func:`_copied`, which observes and rounds nothing."""
-    twin = _copied(prepared, kept)
+    twin = _copied(prepared, floating)
     for name, module in list(twin.named_modules()):
         if isinstance(module, Table):
             module.fake_quantize = False

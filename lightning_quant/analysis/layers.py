@@ -19,7 +19,6 @@ from lightning_quant.backends.hiding import clamp_of
 from lightning_quant.backends.int8_weight import Int8Weight
 from lightning_quant.backends.islands import is_weighted
 from lightning_quant.backends.pt2e_folding import WEIGHTED, constants_of
-from lightning_quant.backends.tracing import LAYER
 
 #: Samples of a batch that are looked at: enough for every layer to see thousands of values.
 SAMPLES = 8
@@ -73,7 +72,7 @@ def layers_of(
     known = info(prepared)
     with engine(known.config.engine):
         graph = graph_of(prepared, converted, dict(kept or {}))
-        watcher = _Watcher(graph)
+        watcher = _Watcher(graph, known.origins)
         run_both(graph, data, watcher)
     return tuple(_merged(watcher.found))
 
@@ -120,8 +119,9 @@ def float_layers_of(module: nn.Module, run: Any) -> tuple[LayerReport, ...]:
 class _Watcher:
     """Makes a :class:`LayerReport` of each layer of a graph that runs."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, origins: Mapping[str, str]) -> None:
         self.graph = graph
+        self.origins = origins
         self.modules = dict(graph.module.named_modules(remove_duplicate=False))
         self.constants = constants_of(graph.module)
         self.found: list[LayerReport] = []
@@ -146,7 +146,7 @@ class _Watcher:
     def _of_module(self, node: fx.Node, args: tuple[Any, ...]) -> LayerReport | None:
         name = str(node.target)
         module = self.modules[name]
-        shown = "" if name == LAYER else name.removeprefix(f"{LAYER}.")
+        shown = self.origins.get(name, name)
         if name in self.graph.layers:
             layer, weight = self.graph.layers[name], self.graph.float_weights[name]
             rounded = layer.dequantized()
