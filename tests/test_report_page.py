@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from jsonargparse import ArgumentParser
 from modules import Classifier, Digits, StepsOnly, convnet, mlp, ptq, qat, trainer
 from test_report import BASE
+from torch import nn
 
 from lightning_quant import (
     ExportConfig,
@@ -203,6 +205,42 @@ def test_several_targets_have_their_names() -> None:
     assert names
     module = callback.quantized_model
     assert all(any(name == n or n.startswith(name) for n, _ in StepsOnly().named_modules()) for name in names), module
+
+
+class Deciding(nn.Module):
+    """Cannot be traced: it decides by its data. There is a graph inside of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) if x.sum() > -1e9 else x
+
+
+@pytest.mark.parametrize("make", [ptq, qat])
+def test_layers_around_and_inside_of_what_runs_its_own_code(make: Any) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), Deciding(), nn.ReLU(), nn.Linear(32, 10))
+    callback, model = make(), Classifier(net)
+    trainer(callback).fit(model, Digits())
+    assert list(callback.report.kept) == ["net.3"]
+    found = {layer.name: layer for layer in callback.report.layers}
+    assert set(found) == {"net.1", "net.3.inner", "net.5"}
+    assert all(30 < layer.alone_db < 70 and layer.sqnr_db is not None for layer in found.values())
+    assert all(module.training for module in model.modules())  # Lightning ends a fit in training mode
+
+
+def test_a_part_that_fails_is_a_note_and_costs_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a part of the user's\nmore lines")
+
+    monkeypatch.setattr("lightning_quant.layer_reports.layers_of", fail)
+    callback = ptq()
+    trainer(callback).validate(Classifier(convnet()), Digits())
+    assert callback.report.layers == ()
+    assert callback.report.layers_unseen == {"net": "RuntimeError: a part of the user's"}
+    assert "RuntimeError: a part of the user's" in Page(Path("quantized/report.html").read_text("utf8")).words
+    assert Path("quantized/model.ts").is_file()
 
 
 # ---- what is on it

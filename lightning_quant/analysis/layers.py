@@ -157,10 +157,10 @@ class _Watcher:
         table: Any = self.graph.floating.get(name, module)
         if isinstance(table, Table):
             return LayerReport(name=shown, kind="Embedding", int8=True, weight=spread(table.weight))
-        is_recurrent = isinstance(module, (nn.RNNBase, nn.RNNCellBase))
-        if not is_recurrent and not is_weighted(type(module)):
-            return None
         inner, int8 = inner_layer(module), self.graph.int8.get(name)
+        is_recurrent = isinstance(inner, (nn.RNNBase, nn.RNNCellBase))
+        if not is_recurrent and not is_weighted(type(inner)):
+            return None
         read = float_tensors(_floating(args[:1]))
         made = LayerReport(
             name=shown, kind=type(inner).__name__, int8=int8 is not None,
