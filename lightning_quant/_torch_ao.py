@@ -225,9 +225,10 @@ def pt2e() -> Any:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        for module, names in _PT2E.items():
-            loaded = importlib.import_module(module)
-            found.update({name: getattr(loaded, name) for name in names})
+        with warnings.catch_warnings():  # torchao's import adds a filter of its own to those of the user
+            for module, names in _PT2E.items():
+                loaded = importlib.import_module(module)
+                found.update({name: getattr(loaded, name) for name in names})
     except (ImportError, AttributeError) as error:
         try:
             version = importlib.import_module("torchao").__version__

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 from uuid import uuid4
 
@@ -52,6 +52,7 @@ from lightning_quant.from_checkpoint import (
     trained_graphs,
 )
 from lightning_quant.inputs import Sample, has_validation, isolated_rng, sample, validation_data_of_test
+from lightning_quant.logging_to import log_report
 from lightning_quant.parts import Graphs, convert_module
 from lightning_quant.phases import FLOAT, Phase, Phases, Schedule, observer_state
 from lightning_quant.pipeline import (
@@ -67,6 +68,8 @@ from lightning_quant.placement import ToGraph, divert, recompile, restore, uncom
 from lightning_quant.planning import Plan, plan_of
 from lightning_quant.precision import check_precision
 from lightning_quant.pruning import check_pruning, hold, mask_gradients
+from lightning_quant.progress import progress_of
+from lightning_quant.provenance import made_by
 from lightning_quant.rank_steps import RankSteps
 from lightning_quant.ranks import check_ranks, merge_ranks
 from lightning_quant.report import QuantReport, modified, report_of
@@ -107,23 +110,6 @@ def _write_state(checkpoint: dict[str, Any], state: dict[str, Any], *, averaged:
     if averaged and averages is not None:
         kept |= {"observers": averages, "current_observers": kept["observers"]}
     checkpoint.setdefault(CHECKPOINT_KEY, kept)
-
-
-def _shows_progress(trainer: Any) -> bool:
-    return trainer.progress_bar_callback is not None
-
-
-def _log_report(trainer: Any, report: QuantReport) -> None:
-    values = {f"int8/{name}": value for name, value in report.metrics_int8.items()}
-    values |= {f"float/{name}": value for name, value in report.metrics_float.items()}
-    values |= {
-        "int8/coverage": report.coverage,
-        "int8/size_bytes": float(report.size_bytes_int8),
-        "int8/latency_ms": report.latency_ms_int8,
-    }
-    for logger in trainer.loggers:
-        logger.log_metrics(values, step=trainer.global_step)
-        logger.save()
 
 
 #: What a callback has of a run. It cannot be pickled, and another process would not want it.
@@ -220,8 +206,10 @@ class QuantizationCallback(Callback):
         assert self._sample is not None
         assert self._captured is not None
         team = all_ranks()
+        progress = progress_of(trainer)
         with isolated_rng():
-            quantized = team.by_each(lambda: convert_module(pl_module, graphs))
+            with progress.step("Converting", None):
+                quantized = team.by_each(lambda: convert_module(pl_module, graphs))
             self._quantized_model = quantized.module
             self._converted = quantized.converted
             if trainer.fast_dev_run:
@@ -229,12 +217,21 @@ class QuantizationCallback(Callback):
                 return
             self._report = deliver(
                 quantized, self._captured, self._sample, data, self.config, self.method, self.export,
-                team=team, run=self._run, **metrics,
+                team=team, made_by=self._made_by(), progress=progress, run=self._run, **metrics,
             )  # fmt: skip
             self._written = modified(self.export.path)
-        _log_report(trainer, self._report)
+        log_report(trainer, self._report)
         if trainer.is_global_zero:
             self._report.print()
+
+    def _made_by(self) -> dict[str, Any]:
+        """The callback and its arguments, for the report."""
+        path = f"{__name__.partition('.')[0]}.{type(self).__name__}"
+        return made_by(path, config=(self.config, None), **self._arguments(), export=(self.export, None))
+
+    def _arguments(self) -> dict[str, Any]:
+        """Argument of its own -> (value, default)."""
+        return {}
 
     def _put_int8(self, pl_module: Any) -> None:
         uncompile(pl_module)
@@ -334,6 +331,9 @@ class PostTrainingQuantization(QuantizationCallback):
         self.calibration_batches = calibration_batches
         self._data: ValidationData | None = None
 
+    def _arguments(self) -> dict[str, Any]:
+        return {"method": (self.method, "static"), "calibration_batches": (self.calibration_batches, None)}
+
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Find out before any work is done what would fail after it."""
         self._take_off(pl_module)
@@ -391,7 +391,7 @@ class PostTrainingQuantization(QuantizationCallback):
             return graphs, None
         if data is None:
             raise CalibrationError("static quantization has no validation data to calibrate on.")
-        progress = _shows_progress(trainer)
+        progress = progress_of(trainer)
         return graphs, calibrate(pl_module, graphs, data, batches=self.calibration_batches, progress=progress)
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
@@ -456,6 +456,10 @@ class QuantizationAwareTraining(QuantizationCallback):
         self._scales: ScaleTraining | None = None
         self._steps: RankSteps | None = None
         self._averages: Averages | None = None
+
+    def _arguments(self) -> dict[str, Any]:
+        default = Schedule()
+        return {part.name: (getattr(self.schedule, part.name), getattr(default, part.name)) for part in fields(default)}
 
     @property
     def phase(self) -> Phase:
@@ -660,7 +664,8 @@ class QuantizationAwareTraining(QuantizationCallback):
             before = copy_of(pl_module)
             before.load_state_dict(self._before)
             with isolated_rng():
-                metrics_before = evaluate(before, data)
+                text = "Validating float, before training"
+                metrics_before = evaluate(before, data, progress=progress_of(trainer), text=text)
         self._finish(trainer, pl_module, graphs, data, metrics_before=metrics_before)
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:

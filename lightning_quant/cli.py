@@ -186,13 +186,19 @@ def plan(
         sys.stdout.write(f"{output}: {found.coverage:.1%} of the multiply-accumulates in int8\n")
 
 
-def report(path: str) -> None:
+def report(path: str, html: str | None = None) -> None:
     """Show a report again.
 
     Args:
         path: The folder that a run has written, or its report.json.
+        html: Write the page there, too. Needs the extra report.
     """
-    QuantReport.load(path).print()
+    found = QuantReport.load(path)
+    if html is not None:
+        from lightning_quant.report_page import write_html
+
+        write_html(found, html)
+    found.print()
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

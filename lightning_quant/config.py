@@ -325,8 +325,8 @@ class ExportConfig:
     """Which files are written, and where.
 
     Attributes:
-        directory: The folder of ``model.*``, ``report.json`` and ``report.md``. Made if it does not exist; files of an
-            earlier run are replaced.
+        directory: The folder of ``model.*`` and ``report.*`` (JSON, Markdown, HTML). Made if it does not exist; files
+            of an earlier run are replaced.
         formats: ``torchscript``, ``onnx``, ``openvino``, ``pt2`` (``torch.export``), ``aoti`` (compiled by AOTInductor
             for this kind of CPU). None: the native format of the backend, and ``onnx`` and ``openvino`` where they can
             be written and their extras are installed. Formats that are named are checked at once.

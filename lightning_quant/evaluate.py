@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -24,6 +25,7 @@ from lightning_quant._roots import root_of
 from lightning_quant.attachment import detach, unbind
 from lightning_quant.errors import CalibrationError
 from lightning_quant.placement import restore, uncompile
+from lightning_quant.progress import SILENT, Advance, Progress
 from lightning_quant.scripted import opened_copy
 from lightning_quant.team import ALONE, Team, all_ranks
 
@@ -140,7 +142,12 @@ def _datamodule(data: ValidationData, loaders: Any) -> Any:
 
 
 def evaluate(
-    module: Any, data: ValidationData, *, callbacks: Sequence[Any] = (), progress: str | None = None
+    module: Any,
+    data: ValidationData,
+    *,
+    callbacks: Sequence[Any] = (),
+    progress: Progress = SILENT,
+    text: str = "Validating",
 ) -> dict[str, float]:
     """Every metric that ``module`` logs in its validation loop.
 
@@ -148,7 +155,8 @@ def evaluate(
         module: A LightningModule that is ours: from :func:`copy_of`. Its metrics are left as the loop leaves them.
         data: The batches.
         callbacks: Lightning callbacks of this loop.
-        progress: What the progress bar says; None: no bar.
+        progress: Where a line shows the batches.
+        text: What the line says.
 
     Returns:
         Name -> value, as ``trainer.validate(module)`` gives them; of several dataloaders, merged. Of several
@@ -160,19 +168,19 @@ def evaluate(
     """
     root = data.root
     counter = _BatchCounter(root)
-    bar = [_progress_bar(root, progress)] if progress else []
     shares = _Shares(root)
-    with _quiet(), _built(module), _synchronised(module, data.team):
+    with contextlib.ExitStack() as shown, _quiet(), _built(module), _synchronised(module, data.team):
         combined = root.utilities.CombinedLoader(data.loaders, data.mode)
+        line = _line(root, lambda total: shown.enter_context(progress.step(text, total)))
         trainer = root.Trainer(
             accelerator="cpu",
             devices=1,
             strategy=_strategy(root, data.team),
             logger=root.loggers.logger.DummyLogger(),
-            callbacks=[counter.callback, shares.callback, *callbacks, *bar],
+            callbacks=[counter.callback, shares.callback, *callbacks, line],
             enable_checkpointing=False,
             enable_model_summary=False,
-            enable_progress_bar=bool(progress),
+            enable_progress_bar=False,
             limit_val_batches=data.limit_batches,
             use_distributed_sampler=False,
             # observers keep what they see: tensors of inference mode could not be used in training again
@@ -313,17 +321,24 @@ class _BatchCounter:
         self.callback = Counter()
 
 
-def _progress_bar(root: ModuleType, text: str) -> Any:
-    class Bar(root.callbacks.TQDMProgressBar):  # type: ignore[name-defined]
-        @property
-        def validation_description(self) -> str:
-            return text
+def _line(root: ModuleType, begin: Callable[[int | None], Advance]) -> Any:
+    """A callback that shows the batches of its loop; it begins when their number is known."""
 
-    return Bar()
+    class Line(root.Callback):  # type: ignore[name-defined]
+        advance: Advance
+
+        def on_validation_start(self, trainer: Any, module: Any) -> None:
+            total = sum(trainer.num_val_batches)
+            self.advance = begin(int(total) if math.isfinite(total) else None)
+
+        def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
+            self.advance("")
+
+    return Line()
 
 
 def calibrate(
-    module: Any, data: ValidationData, stop: Any, *, batches: int | None = None, progress: bool = True
+    module: Any, data: ValidationData, stop: Any, *, batches: int | None = None, progress: Progress = SILENT
 ) -> dict[str, float]:
     """Run the validation loop of a module whose targets show their data to observers.
 
@@ -332,7 +347,7 @@ def calibrate(
         data: The batches.
         stop: Called after ``batches`` batches, to take the observers off.
         batches: How many are observed; None: all. The loop always runs to its end, for the metrics.
-        progress: Show a progress bar.
+        progress: Where a line shows the batches.
 
     Returns:
         The metrics, those of the module without observers to the last digit.
@@ -346,4 +361,4 @@ def calibrate(
             if self.seen == batches:
                 stop()
 
-    return evaluate(module, data, callbacks=[Stop()], progress="Calibrating" if progress else None)
+    return evaluate(module, data, callbacks=[Stop()], progress=progress, text="Calibrating")

@@ -25,6 +25,7 @@ from lightning_quant.exporters import Artifact, smaller
 from lightning_quant.exporters.torchscript import freeze
 from lightning_quant.inputs import Sample
 from lightning_quant.parts import Part, Quantized, join, put_artifacts
+from lightning_quant.progress import SILENT, Progress
 from lightning_quant.report import FormatReport
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,11 @@ def times_of(
 
 
 def metrics_of_files(
-    quantized: Quantized, parts: list[Part], loaded: dict[tuple[str, str], Any], data: ValidationData | None
+    quantized: Quantized,
+    parts: list[Part],
+    loaded: dict[tuple[str, str], Any],
+    data: ValidationData | None,
+    progress: Progress = SILENT,
 ) -> dict[str, dict[str, float]]:
     """Format -> the module's validation metrics with its files in place; all processes together."""
     interfaces = {part.program.name: part.interface for part in parts}
@@ -79,7 +84,7 @@ def metrics_of_files(
         if data is not None:
             twin = copy_of(quantized.float_module)
             put_artifacts(twin, {name: (loaded[format_name, name], where) for name, where in interfaces.items()})
-            metrics[format_name] = evaluate(twin, data)
+            metrics[format_name] = evaluate(twin, data, progress=progress, text=f"Validating {format_name}")
     return metrics
 
 

@@ -46,11 +46,16 @@ from lightning_quant.figures import (
     times_of,
 )
 from lightning_quant.inputs import Sample
+from lightning_quant.layer_reports import layer_reports
 from lightning_quant.parts import Graphs, Part, Quantized, parts_of
 from lightning_quant.placement import Observed, ToFile, divert
+from lightning_quant.progress import SILENT, Progress
+from lightning_quant.provenance import checksums, versions
 from lightning_quant.ranks import merge_ranks
 from lightning_quant.report import QuantReport
+from lightning_quant.report_page import NO_HTML, can_write_html, write_html
 from lightning_quant.runtime import load
+from lightning_quant.samples import SampleCounter
 from lightning_quant.team import ALONE, Team
 
 log = logging.getLogger(__name__)
@@ -87,7 +92,7 @@ def prepare_graphs(module: nn.Module, captured: Capture, config: QuantConfig, me
 
 
 def calibrate(
-    module: Any, graphs: Graphs, data: ValidationData, *, batches: int | None = None, progress: bool = True
+    module: Any, graphs: Graphs, data: ValidationData, *, batches: int | None = None, progress: Progress = SILENT
 ) -> dict[str, float]:
     """Run the validation loop once on a copy: observers see the data, and the metrics are those of the float module.
 
@@ -98,7 +103,7 @@ def calibrate(
         graphs: Prepared for ``static``. Their observers move.
         data: The validation batches.
         batches: How many are observed, of each process; None: all.
-        progress: Show a progress bar.
+        progress: Where a line shows the batches.
     """
     twin = copy_of(module)
     routes = []
@@ -131,6 +136,8 @@ def deliver(
     metrics_float: dict[str, float] | None = None,
     metrics_before: dict[str, float] | None = None,
     team: Team = ALONE,
+    made_by: dict[str, Any] | None = None,
+    progress: Progress = SILENT,
     run: str = "",
 ) -> QuantReport:
     """Evaluate the int8 model, write and verify its files, time them, and write the report.
@@ -149,6 +156,8 @@ def deliver(
         metrics_float: If they are known already.
         metrics_before: Of the module before training.
         team: The processes that take part.
+        made_by: The callback, from :func:`lightning_quant.provenance.made_by`; None: none did.
+        progress: Where lines show the steps.
         run: Who asks for it, for the report.
 
     Raises:
@@ -156,33 +165,45 @@ def deliver(
         RankError: On the other ranks, where rank 0 raises.
     """
     if metrics_float is None:
-        metrics_float = evaluate(copy_of(quantized.float_module), data) if data else {}
-    metrics_int8 = evaluate(quantized.module, data) if data else {}
+        twin = copy_of(quantized.float_module)
+        metrics_float = evaluate(twin, data, progress=progress, text="Validating float") if data else {}
+    counter = SampleCounter(data.root) if data else None
+    callbacks = [counter.callback] if counter else []
+    metrics_int8 = {}
+    if data:
+        metrics_int8 = evaluate(quantized.module, data, callbacks=callbacks, progress=progress, text="Validating int8")
+    num_samples = counter.of_all(data.team) if counter and data else None
     parts = parts_of(quantized, sample, captured)
     covered = covered_by(quantized, captured, sample, parts)
     written: list[Written] = []
 
     def write_files() -> list[tuple[str, str, str, dict[str, bytes]]]:
         check_coverage(covered, config)
-        written.append(_write(quantized, parts, config, method, export, {"float": metrics_float, "int8": metrics_int8}))
+        facts = {"float": metrics_float, "int8": metrics_int8}
+        written.append(_write(quantized, parts, config, method, export, facts, progress))
         return [(a.format, a.target, a.path.name, _contents(a.path, team)) for a in written[0].artifacts]
 
     files = team.by_first(write_files)
     with tempfile.TemporaryDirectory() as folder:
         loaded = team.by_each(lambda: written[0].loaded if written else _received(files, Path(folder)))
-        metrics = metrics_of_files(quantized, parts, loaded, data)
+        metrics = metrics_of_files(quantized, parts, loaded, data, progress)
 
     def report() -> QuantReport:
-        found = _report(quantized, captured, parts, covered, written[0], metrics, config, method)
+        with progress.step("Comparing layers", None):
+            found = _report(quantized, captured, parts, covered, written[0], metrics, config, method)
         found = replace(
             found,
             metrics_before=metrics_before,
             metrics_float=metrics_float,
             metrics_int8=metrics_int8,
             num_processes=team.size,
+            num_samples=num_samples,
+            made_by=made_by or {},
             run=run,
         )
         found.write(export.path)
+        if can_write_html():
+            write_html(found, export.path / "report.html")
         return found
 
     return team.by_first(report)
@@ -195,20 +216,26 @@ def _write(
     method: Method,
     export: ExportConfig,
     metrics: dict[str, dict[str, float]],
+    progress: Progress,
 ) -> Written:
     formats, left_out = resolve_formats(config, method, export)
     optional = formats[1:] if export.formats is None else ()
-    artifacts, not_written = write(
-        [part.program for part in parts],
-        formats,
-        export.path,
-        optional,
-        fastest=export.skip_slow,
-        with_float=True,
-        facts=Facts(metrics, class_labels(quantized.float_module)),
-    )
+    # each is written, and then compared with its program
+    with progress.step("Writing files", 2 * len(parts) * len(formats)) as advance:
+        artifacts, not_written = write(
+            [part.program for part in parts],
+            formats,
+            export.path,
+            optional,
+            fastest=export.skip_slow,
+            with_float=True,
+            facts=Facts(metrics, class_labels(quantized.float_module)),
+            tell=advance,
+        )
     loaded = {(a.format, a.target): load(a.path) for a in artifacts}
-    return Written(artifacts, formats, left_out | not_written, loaded, times_of(parts, artifacts, loaded))
+    with progress.step("Measuring latency", None):
+        times = times_of(parts, artifacts, loaded)
+    return Written(artifacts, formats, left_out | not_written, loaded, times)
 
 
 def _contents(path: Path, team: Team) -> dict[str, bytes]:
@@ -240,7 +267,10 @@ def _report(
     entries = format_reports(parts, written, metrics)
     native = entries[written.formats[0]]
     resolved = parts[0].program.config
+    layers, unseen = layer_reports(quantized, captured)
     notes = []
+    if not can_write_html():
+        notes.append(NO_HTML)
     if len(parts) > 1 or parts[0].program.name:
         notes.append("The module's own forward could not be captured around its targets: there is one file per target.")
     return QuantReport(
@@ -263,6 +293,11 @@ def _report(
         kept=kept_parts(quantized),
         float_layers=float_layers(quantized, captured, covered),
         fused=fused_groups(quantized),
+        layers=layers,
+        layers_unseen=unseen,
+        coverage_layers=tuple(row for row in covered.rows if row.weighted),
+        checksums=checksums(file for artifact in written.artifacts for file in files_of(artifact.path)),
+        versions=versions(),
         notes=notes,
     )
 

@@ -12,6 +12,9 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.table import Table
 
+from lightning_quant.analysis.coverage import LayerRow
+from lightning_quant.analysis.histograms import Spread
+from lightning_quant.analysis.layers import LayerReport
 from lightning_quant.errors import ArtifactError
 from lightning_quant.formatting import shown_bytes, shown_db, shown_number, shown_threads
 
@@ -68,6 +71,13 @@ class QuantReport:
         notes: Remarks for a person.
         kept: Submodule that runs its own code between the graphs around and inside of it -> why.
         num_processes: How many processes trained, calibrated and evaluated it.
+        layers: What int8 costs each layer, on one real batch, in the order in which they run.
+        layers_unseen: Target -> why nothing, or not everything, can be seen of its layers.
+        coverage_layers: Layers and functions with weights, as they ran: multiply-accumulates, and why they are float.
+        num_samples: How many samples the metrics are of; None: it cannot be known.
+        checksums: Name of a file -> its SHA-256, in hexadecimal digits.
+        made_by: The callback, as ``class_path`` and the ``init_args`` that differ from their defaults; empty: none did.
+        versions: Package -> its version.
         run: The callback that made it, so that it is known again where its processes are gone; empty: none did.
     """
 
@@ -92,6 +102,13 @@ class QuantReport:
     notes: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
     num_processes: int = 1
+    layers: tuple[LayerReport, ...] = ()
+    layers_unseen: dict[str, str] = field(default_factory=dict)
+    coverage_layers: tuple[LayerRow, ...] = ()
+    num_samples: int | None = None
+    checksums: dict[str, str] = field(default_factory=dict)
+    made_by: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
     run: str = field(default="", compare=False)
 
     @property
@@ -120,6 +137,8 @@ class QuantReport:
             values = {**plain, "formats": {name: _of(FormatReport, entry) for name, entry in plain["formats"].items()}}
             values["artifacts"] = {name: _paths(files) for name, files in plain["artifacts"].items()}
             values["fused"] = [tuple(group) for group in plain["fused"]]
+            values["layers"] = [_layer(entry) for entry in plain.get("layers", ())]
+            values["coverage_layers"] = [_of(LayerRow, entry) for entry in plain.get("coverage_layers", ())]
             return _of(cls, values)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ArtifactError(
@@ -148,11 +167,11 @@ class QuantReport:
         """The report as a page."""
         lines = ["# Quantization report", "", f"Method `{self.method}`, backend `{self.config['backend']}`, engine "
                  f"`{self.config['engine']}`. Quantized: {', '.join(f'`{t}`' for t in self.targets)}.", ""]  # fmt: skip
-        lines += _markdown_table(*self._summary())
+        lines += _markdown_table(*self.summary())
         lines += ["", "## Files", ""]
-        lines += _markdown_table(*self._files())
+        lines += _markdown_table(*self.files())
         lines += [f"- `{name}` was not written: {reason}." for name, reason in self.formats_left_out.items()]
-        lines += [f"- {text}" for text in self._left_float()]
+        lines += [f"- {text}" for text in self.left_float()]
         lines += ["", "## Layers in float", ""]
         lines += [f"- `{name}`: {reason}" for name, reason in self.float_layers.items()] or ["None."]
         if self.kept:
@@ -164,7 +183,8 @@ class QuantReport:
             lines += ["", "## Notes", ""] + [f"- {note}" for note in self.notes]
         return "\n".join(lines) + "\n"
 
-    def _summary(self) -> tuple[list[str], list[list[str]]]:
+    def summary(self) -> tuple[list[str], list[list[str]]]:
+        """The table of float beside int8, as text: the heads of its columns, and its rows."""
         head = ["", "float", "int8", "change"]
         rows = []
         for name in sorted(self.metrics_float.keys() | self.metrics_int8.keys()):
@@ -185,7 +205,8 @@ class QuantReport:
                 row.insert(1, shown_number(self.metrics_before.get(row[0])))
         return head, rows
 
-    def _files(self) -> tuple[list[str], list[list[str]]]:
+    def files(self) -> tuple[list[str], list[list[str]]]:
+        """The table of files, as text: the heads of its columns, and its rows."""
         head = ["format", "file", "size", "latency", "float", "int8 kernels", "SQNR against its program",
                 "metrics, reloaded"]  # fmt: skip
         rows = []
@@ -212,7 +233,8 @@ class QuantReport:
             )
         return head, rows
 
-    def _left_float(self) -> list[str]:
+    def left_float(self) -> list[str]:
+        """A sentence for each format in whose files layers are in float that are not in the others."""
         shown = []
         for name, entry in self.formats.items():
             if entry.left_float == ("",) or (entry.left_float and entry.int8_kernels == 0):
@@ -225,7 +247,7 @@ class QuantReport:
     def print(self, console: Console | None = None) -> None:
         """Show the tables on the console."""
         console = console or Console()
-        tables = {f"int8 by {self.method} of {self.config['backend']}": self._summary(), "files": self._files()}
+        tables = {f"int8 by {self.method} of {self.config['backend']}": self.summary(), "files": self.files()}
         for title, (head, rows) in tables.items():
             table = Table(title=title, title_justify="left")
             for number, text in enumerate(head):
@@ -240,16 +262,20 @@ class QuantReport:
         for name, reason in self.kept.items():
             console.print(f"runs its own code: {name} ({reason})", markup=False)
         left_out = [f"{name} was not written: {reason}" for name, reason in self.formats_left_out.items()]
-        for note in [*left_out, *self._left_float(), *self.notes]:
+        for note in [*left_out, *self.left_float(), *self.notes]:
             console.print(note, markup=False)
 
     def write(self, directory: Path) -> None:
-        """Write ``report.json`` and ``report.md``; files that only an earlier report lists are removed."""
+        """Write ``report.json`` and ``report.md``; files that only an earlier report lists are removed.
+
+        The ``report.html`` of an earlier report goes as well: :func:`lightning_quant.report_page.write_html` writes it.
+        """
         path = directory / "report.json"
         for old in _files_of(path) - {Path(f).name for f in _leaves(self.artifacts)}:
             (directory / old).unlink(missing_ok=True)
             if old.endswith(".xml"):
                 (directory / old).with_suffix(".bin").unlink(missing_ok=True)
+        (directory / "report.html").unlink(missing_ok=True)
         for name, text in (
             ("report.json", json.dumps(self.to_dict(), indent=2) + "\n"),
             ("report.md", self.to_markdown()),
@@ -294,6 +320,11 @@ def _unplain(value: Any, kind: str) -> Any:
     if kind.startswith("dict[str, float]") and isinstance(value, dict):
         return {name: float(number) for name, number in value.items()}
     return tuple(value) if kind.startswith("tuple") else value
+
+
+def _layer(plain: dict[str, Any]) -> LayerReport:
+    spreads = {name: _of(Spread, plain[name]) for name in ("reads", "weight") if plain.get(name)}
+    return _of(LayerReport, {**plain, **spreads})
 
 
 def _paths(files: Any) -> Any:

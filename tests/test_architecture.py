@@ -34,10 +34,24 @@ LAYERS = (
         "layers",
     ),
     ("backends",),
-    ("phases", "ranks", "rank_steps", "team", "scale_training", "attachment", "exporters", "runtime", "analysis"),
-    ("evaluate", "inputs", "tuning", "report", "strategies", "precision", "averaging", "pruning"),
+    (
+        "phases",
+        "ranks",
+        "rank_steps",
+        "team",
+        "progress",
+        "provenance",
+        "scale_training",
+        "attachment",
+        "exporters",
+        "runtime",
+        "analysis",
+    ),
+    ("evaluate", "samples", "inputs", "tuning", "report", "strategies", "precision", "averaging", "pruning"),
     ("parts",),
-    ("figures",),
+    ("figures", "layer_reports"),
+    ("report_plots",),
+    ("report_page", "logging_to"),
     ("pipeline",),
     ("from_checkpoint",),
     ("planning", "post_training"),
@@ -50,8 +64,8 @@ LAYERS = (
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 
 KNOW_LIGHTNING = (
-    "evaluate", "inputs", "averaging", "pruning", "tuning", "parts", "pipeline", "from_checkpoint", "planning",
-    "post_training", "callbacks", "demo", "lightning_cli", "cli",
+    "progress", "evaluate", "inputs", "averaging", "pruning", "tuning", "parts", "logging_to", "pipeline",
+    "from_checkpoint", "planning", "post_training", "callbacks", "demo", "lightning_cli", "cli",
 )  # fmt: skip
 LIGHTNING = ("pytorch_lightning", "lightning", "lightning_fabric")
 # torch.quantization is the old name of torch.ao.quantization

@@ -160,7 +160,9 @@ def test_rank_0_alone_writes_and_times(ranks_found: Any, folder: Path) -> None:
     found = ranks_found["qat"]
     assert [of_rank["writes"] for of_rank in found] == [1, 0]
     assert [of_rank["timings"] for of_rank in found] == [1, 0]
-    files = {"report.json", "report.md"} | {Path(f).name for f in found[0]["report"]["artifacts"].values()}
+    files = {"report.html", "report.json", "report.md"} | {
+        Path(f).name for f in found[0]["report"]["artifacts"].values()
+    }
     assert {f.name for f in (folder / "qat").iterdir() if f.suffix != ".bin"} == files
     check_metrics(found[0]["report"]["metrics_before"], of_one_process(Network()))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,10 +28,11 @@ from modules import (
 )
 from roots import pl
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_quant import CalibrationError
 from lightning_quant.evaluate import ValidationData, calibrate, copy_of, evaluate, validation_data
+from lightning_quant.progress import Advance
 
 
 class Takes(pl.Callback):
@@ -246,20 +250,44 @@ def test_calibrate_stops_once_and_goes_on_for_the_metrics(batches: int | None, c
     found = data_of(model)
     twin, seen, stopped = copy_of(model), [], []
     twin.net.register_forward_hook(lambda *_: seen.append(1))
-    metrics = calibrate(twin, found, lambda: stopped.append(len(seen)), batches=batches, progress=False)
+    metrics = calibrate(twin, found, lambda: stopped.append(len(seen)), batches=batches)
     assert stopped == calls
     assert len(seen) == 3
     assert metrics == evaluate(copy_of(model), found)
 
 
-def test_a_progress_bar_says_what_it_is_for(capsys: pytest.CaptureFixture[str]) -> None:
-    model = Classifier(convnet())
+class Lines:
+    """A progress bar that remembers its lines: what they say, of how many parts, and how many are done."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, int | None, int]] = []
+
+    @contextlib.contextmanager
+    def step(self, text: str, total: int | None) -> Iterator[Advance]:
+        done: list[str] = []
+        yield done.append
+        self.lines.append((text, total, len(done)))
+
+
+def test_a_line_shows_the_batches(capsys: pytest.CaptureFixture[str]) -> None:
+    model, lines = Classifier(convnet()), Lines()
     found = data_of(model)
     capsys.readouterr()
     evaluate(copy_of(model), found)
+    evaluate(copy_of(model), found, progress=lines, text="Weighing")
+    assert lines.lines == [("Weighing", 3, 3)]
     assert "".join(capsys.readouterr()) == ""
-    evaluate(copy_of(model), found, progress="Weighing")
-    assert "Weighing" in "".join(capsys.readouterr())
+
+
+def test_a_line_of_a_loader_without_a_length_has_no_total() -> None:
+    class Endless(IterableDataset):
+        def __iter__(self) -> Iterator[Any]:
+            return iter([rows(0, 4)[i] for i in range(4)])
+
+    model, lines = Classifier(convnet()), Lines()
+    found = replace(data_of(model), loaders=DataLoader(Endless(), batch_size=2), limit_batches=1.0, datamodule=None)
+    evaluate(copy_of(model), found, progress=lines, text="Weighing")
+    assert lines.lines == [("Weighing", None, 2)]
 
 
 def test_the_comparisons_of_these_tests_can_fail() -> None:

@@ -314,10 +314,21 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree("quantized")
     arguments = ["export", str(path), "--model", "modules.WithHyperparameters", "--data", "modules.Digits"]
     assert main([*arguments, "--directory=out", "--formats=[torchscript,onnx]"]) == 0
-    assert {file.name for file in Path("out").iterdir()} == {"model.ts", "model.onnx", "report.json", "report.md"}
+    assert {file.name for file in Path("out").iterdir()} == {
+        "model.ts",
+        "model.onnx",
+        "report.html",
+        "report.json",
+        "report.md",
+    }
     assert "int8 by qat of fx" in capsys.readouterr().out
     assert main(arguments) == 0  # as in training
-    assert {file.name for file in Path("quantized").iterdir()} == {"model.ts", "report.json", "report.md"}
+    assert {file.name for file in Path("quantized").iterdir()} == {
+        "model.ts",
+        "report.html",
+        "report.json",
+        "report.md",
+    }
     assert main(["export", str(path), "--model", "modules.Nothing"]) == 1
     assert capsys.readouterr().err.startswith("error: --model modules.Nothing: 'modules.Nothing' cannot be imported")
 

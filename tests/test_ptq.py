@@ -63,7 +63,7 @@ def test_a_run_ends_with_report_model_and_files(entry: str) -> None:
     folder = Path("quantized")
     files = {"torchscript": folder / "model.ts", "onnx": folder / "model.onnx", "openvino": folder / "model.xml"}
     names = {file.name for file in files.values()} | {"model.bin"}
-    assert {f.name for f in folder.iterdir()} == {"report.json", "report.md", *names}
+    assert {f.name for f in folder.iterdir()} == {"report.html", "report.json", "report.md", *names}
     assert callback.report.artifacts == files
     for name, entry in callback.report.formats.items():
         assert entry.latency_ms_float is not None
@@ -320,7 +320,7 @@ def test_a_second_run_replaces_the_files_of_the_first() -> None:
     trainer(first).validate(StepsOnly(), Digits())
     second = ptq()
     trainer(second).validate(Classifier(convnet()), Digits())
-    assert {f.name for f in Path("quantized").iterdir()} == {"report.json", "report.md", "model.ts"}
+    assert {f.name for f in Path("quantized").iterdir()} == {"report.html", "report.json", "report.md", "model.ts"}
     again = ptq()
     trainer(again).validate(Classifier(convnet()), Digits())
     assert load(again.report.artifacts["torchscript"])(torch.rand(3, 1, 8, 8)).shape == (3, 10)
@@ -532,7 +532,8 @@ def test_after_training_in_mixed_precision_the_float_model_is_float32() -> None:
 @pytest.mark.parametrize("shown", [True, False])
 def test_progress_bar(shown: bool, capsys: pytest.CaptureFixture[str]) -> None:
     callback = ptq()
-    trainer(callback, enable_progress_bar=shown).validate(Classifier(convnet()), Digits())
+    bar = [pl.callbacks.TQDMProgressBar()] if shown else []
+    trainer(callback, *bar, enable_progress_bar=shown).validate(Classifier(convnet()), Digits())
     out = "".join(capsys.readouterr())
     assert ("Calibrating" in out) == shown
     assert "int8 by static" in out

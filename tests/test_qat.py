@@ -129,7 +129,7 @@ def test_all_formats_are_written_and_give_their_metrics() -> None:
     model, callback = fitted(QuantizationAwareTraining(), max_epochs=2)
     report = callback.report
     files = {"model.ts", "model.onnx", "model.xml", "model.bin"}
-    assert {f.name for f in Path("quantized").iterdir()} == {"report.json", "report.md", *files}
+    assert {f.name for f in Path("quantized").iterdir()} == {"report.html", "report.json", "report.md", *files}
     assert report.formats.keys() == {"torchscript", "onnx", "openvino"}
     for format_name, path in report.artifacts.items():
         put_back = copy.deepcopy(model)

@@ -141,7 +141,7 @@ def hide_observers(prepared: fx.GraphModule) -> None:
     modules = dict(prepared.named_modules(remove_duplicate=False))
     node: Any
     for node in list(prepared.graph.nodes):
-        if _clamp_of(node, modules) is None:
+        if clamp_of(node, modules) is None:
             continue
         before = _called(node.args[0], modules)
         after = [_called(user, modules) for user in node.users]
@@ -178,7 +178,7 @@ def move_clamps(prepared: fx.GraphModule) -> None:
         if len(source.users) != 1:
             continue
         layer = _called(source, modules)
-        clamp = _clamp_of(source, modules)
+        clamp = clamp_of(source, modules)
         if isinstance(layer, qat_modules.WITH_RELU):
             if len(calls[id(layer)]) == 1:
                 layer.clamps = False
@@ -203,7 +203,7 @@ def _called(node: Any, modules: dict[str, nn.Module]) -> nn.Module | None:
     return modules.get(str(node.target)) if isinstance(node, fx.Node) and node.op == "call_module" else None
 
 
-def _clamp_of(node: Any, modules: dict[str, nn.Module]) -> tuple[float, float] | None:
+def clamp_of(node: Any, modules: dict[str, nn.Module]) -> tuple[float, float] | None:
     """``(least, most)`` of a node that clamps its one input; None for any other."""
     if len(node.all_input_nodes) != 1 or not isinstance(node.args[0] if node.args else None, fx.Node):
         return None

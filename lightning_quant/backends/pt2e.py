@@ -120,6 +120,19 @@ def convert(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None) 
     Raises:
         CalibrationError: An observer saw no data.
     """
+    return _converted(prepared, fold=True)
+
+
+def unfolded(prepared: fx.GraphModule) -> fx.GraphModule:
+    """As :func:`convert`, with float weights in front of quantize operators, so that both can be looked at.
+
+    Raises:
+        CalibrationError: An observer saw no data.
+    """
+    return _converted(prepared, fold=False)
+
+
+def _converted(prepared: fx.GraphModule, *, fold: bool) -> fx.GraphModule:
     known = info(prepared)
     check_seen(prepared)
     twin = copy.deepcopy(prepared).cpu().eval()
@@ -130,7 +143,7 @@ def convert(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None) 
             store_computed_weights(twin)
         observe_weights(twin)
         _drop_dropout(twin)
-        converted = pt2e().convert_pt2e(twin)
+        converted = pt2e().convert_pt2e(twin, fold_quantize=fold)
         _allow_modes(converted)
         spread(converted)
         converted = _only_used(converted)

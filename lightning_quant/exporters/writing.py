@@ -127,6 +127,7 @@ def write(
     fastest: bool = False,
     with_float: bool = False,
     facts: Facts = Facts(),
+    tell: Callable[[str], object] = lambda text: None,
 ) -> tuple[tuple[Artifact, ...], dict[str, str]]:
     """Write each program in each format.
 
@@ -138,6 +139,7 @@ def write(
         fastest: Leave in float, in a file, what its runtime runs slower in int8 on this machine.
         with_float: Give the same in float in the same runtime with each artifact, to be timed beside it.
         facts: For the metadata.
+        tell: Called with what begins: ``Writing onnx``, ``Checking onnx``.
 
     Returns:
         The files, and the formats that were left out with their reasons.
@@ -152,7 +154,7 @@ def write(
         done: list[Artifact] = []
         for program in programs:
             check_exportable(program)
-            writer = _Writer(program, fastest, with_float, facts)
+            writer = _Writer(program, fastest, with_float, facts, tell)
             for name in formats:
                 if name in left_out:
                     continue
@@ -178,11 +180,14 @@ def write(
 class _Writer:
     """Writes one program in any format. What formats have in common is made once."""
 
-    def __init__(self, program: Program, fastest: bool, with_float: bool, facts: Facts) -> None:
+    def __init__(
+        self, program: Program, fastest: bool, with_float: bool, facts: Facts, tell: Callable[[str], object]
+    ) -> None:
         self.program = program
         self.fastest = fastest
         self.with_float = with_float
         self.facts = facts
+        self.tell = tell
         self.single = smaller(program.converted, program.data, 1)
         self.double = smaller(program.converted, program.data, 2)
         self.output = self._run(program.converted)
@@ -214,6 +219,7 @@ class _Writer:
         """
         label = f"{name} export of {self.program.name or 'forward'}"
         _check_outputs(label, self.output)
+        self.tell(f"Writing {name}")
         try:
             with engine(self.program.config.engine):
                 return self._torchscript(label, path) if name == "torchscript" else self._exported(label, name, path)
@@ -289,6 +295,7 @@ class _Writer:
         differs_at: Callable[[float], str],
     ) -> Artifact:
         program = self.program
+        self.tell(f"Checking {name}")
         try:
             figure = verify(
                 label, _reload(label, path), source, [program.data, self.single],

@@ -574,7 +574,7 @@ def test_a_run_trains_converts_and_writes() -> None:
     assert report.sqnr_db >= ENOUGH_DB
     assert report.fused == [("net.0", "net.1", "net.2")]
     folder = Path("quantized")
-    assert {f.name for f in folder.iterdir()} == {"report.json", "report.md", "model.ts", "model.onnx"}
+    assert {f.name for f in folder.iterdir()} == {"report.html", "report.json", "report.md", "model.ts", "model.onnx"}
     x = torch.randn(5, 1, 8, 8)
     for name in ("model.ts", "model.onnx"):
         assert decibels(callback.quantized_model(x), load(folder / name)(x)) >= TIES_DB
@@ -597,7 +597,7 @@ def test_post_training_quantization_writes_its_files(method: Method) -> None:
     callback = PostTrainingQuantization(EAGER, method=method, export=export)
     trainer(callback).validate(Classifier(convnet()), datamodule=Digits())
     files = {"model.ts", "model.onnx"} if method == "static" else {"model.ts"}
-    assert {f.name for f in Path("quantized").iterdir()} == {"report.json", "report.md", *files}
+    assert {f.name for f in Path("quantized").iterdir()} == {"report.html", "report.json", "report.md", *files}
     assert callback.report is not None
     assert callback.report.config["backend"] == "eager"
     assert callback.report.sqnr_db >= ENOUGH_DB
