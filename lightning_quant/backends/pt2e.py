@@ -120,6 +120,11 @@ def convert(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None) 
     Raises:
         CalibrationError: An observer saw no data.
     """
+    return _converted(prepared, fold=True)
+
+
+def _converted(prepared: fx.GraphModule, *, fold: bool) -> fx.GraphModule:
+    """See :func:`convert`; with ``fold``, weights are stored as int8, else as floats that the graph rounds."""
     known = info(prepared)
     check_seen(prepared)
     twin = copy.deepcopy(prepared).cpu().eval()
@@ -130,7 +135,7 @@ def convert(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None) 
             store_computed_weights(twin)
         observe_weights(twin)
         _drop_dropout(twin)
-        converted = pt2e().convert_pt2e(twin)
+        converted = pt2e().convert_pt2e(twin, fold_quantize=fold)
         _allow_modes(converted)
         spread(converted)
         converted = _only_used(converted)
@@ -138,6 +143,13 @@ def convert(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None) 
 
 
 reference = convert
+
+
+def unfolded(
+    prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None
+) -> tuple[fx.GraphModule, dict[str, torch.Tensor]]:
+    """As :func:`convert`, with float weights in the graph, which it rounds in each call."""
+    return _converted(prepared, fold=False), {}
 
 
 def _drop_dropout(graph_module: fx.GraphModule) -> None:

@@ -67,12 +67,21 @@ class Int8Weight(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer on ``x`` with the dequantized weight."""
+        return self.compute(x, self.dequantized())
+
+    def dequantized(self) -> torch.Tensor:
+        """The weight as floats."""
+        weight: torch.Tensor
         if self.scalars is not None:
             weight = _OPS.dequantize_per_tensor.default(self.weight, *self.scalars, -128, 127, torch.int8)
         else:
             weight = _OPS.dequantize_per_channel(
                 self.weight, self.scale, self.zero_point, self.axis, -128, 127, torch.int8
             )
+        return weight
+
+    def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The layer on ``x`` with a weight of the float layer's shape."""
         if self.pad:
             x = F.pad(x, self.pad, mode=self.padding_mode)
         result: torch.Tensor = self.function(x, weight, self.bias, **self.arguments)
@@ -81,6 +90,11 @@ class Int8Weight(nn.Module):
     def extra_repr(self) -> str:
         """The function's name and the weight's shape."""
         return f"{self.function.__name__}, weight={tuple(self.get_buffer('weight').shape)}"
+
+
+def is_reference_layer(module: nn.Module) -> bool:
+    """Whether ``module`` is a layer of a reference graph that :class:`Int8Weight` can stand for."""
+    return type(module) in _FUNCTIONS
 
 
 def _pads_itself(layer: Any) -> bool:
@@ -106,7 +120,7 @@ def to_qdq(reference: fx.GraphModule) -> fx.GraphModule:
         module = graph_module.get_submodule(name)
         # the name of what is fused is that of its layer
         fused = list(module) if isinstance(module, nn.Sequential) else [module]
-        if type(fused[0]) in _FUNCTIONS:
+        if is_reference_layer(fused[0]):
             after = nn.Sequential(*fused[1:]) if len(fused) > 1 else None
             parent, _, child = name.rpartition(".")
             setattr(graph_module.get_submodule(parent), child, Int8Weight(fused[0], after))

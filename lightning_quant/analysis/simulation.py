@@ -1,0 +1,444 @@
+"""A prepared graph in float arithmetic, in which each layer can be quantized or float: nothing is converted again.
+
+It is made from the reference graph of the backend, which has explicit quantize and dequantize operators. Each pair of
+them becomes a :class:`Rounding` that can be switched, each layer a :class:`SwitchedLayer` that has its weight in float
+and rounded. With everything on it computes what the reference graph computes, with everything off the float model.
+
+Which pairs belong to a layer follows what conversion does with a layer in ``skip``: torch's int8 layers take and give
+int8, so that the pairs before and behind it go only where the neighbours are float, too. Exported graphs (``pt2e``)
+observe what layers take, and not what they give.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from lightning_quant._torch_ao import RECURRENT_MODULES, FusedModule
+from lightning_quant.backends import convert_graph, each_graph, unfolded_graph
+from lightning_quant.backends.embeddings import Table
+from lightning_quant.backends.graph import info, place_of, put, with_info
+from lightning_quant.backends.rewriting import Opaque
+from lightning_quant.errors import CaptureError
+from lightning_quant.exporters.qdq import Int8Weight, is_reference_layer
+
+_OPS = torch.ops.quantized_decomposed
+_QUANTIZE = (_OPS.quantize_per_tensor.default, _OPS.quantize_per_tensor.tensor, _OPS.quantize_per_channel.default)
+_DEQUANTIZE = (
+    _OPS.dequantize_per_tensor.default, _OPS.dequantize_per_tensor.tensor, _OPS.dequantize_per_channel.default,
+)  # fmt: skip
+_CHOOSE = (_OPS.choose_qparams.tensor, _OPS.choose_qparams_symmetric.tensor)
+_META = "lightning_quant simulation"
+#: Float layers whose int8 form takes the ranges of activations at run time.
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+
+
+@dataclass(frozen=True)
+class SimulatedLayer:
+    """A layer that can be quantized alone.
+
+    Attributes:
+        name: In the graph. A module that is called in several ways is several layers.
+        skip: The submodule of the float model that ``QuantConfig(skip=...)`` would name; ``""``: there is none.
+        kind: Its class, or its operator.
+        nodes: Names of the nodes that compute it.
+    """
+
+    name: str
+    skip: str
+    kind: str
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What is known of a simulated graph.
+
+    Attributes:
+        layers: In the order in which they run.
+        owners: Switch (name of a submodule) -> the layers for which it is on.
+    """
+
+    layers: tuple[SimulatedLayer, ...]
+    owners: dict[str, frozenset[str]]
+
+
+class Rounding(nn.Module):
+    """``(clamp(round(x / scale) + zero_point, low, high) - zero_point) * scale`` where it is on, else ``x``."""
+
+    def __init__(self, scale: float, zero_point: int, low: int, high: int) -> None:
+        super().__init__()
+        self.enabled = False
+        self.scale, self.zero_point, self.low, self.high = scale, zero_point, low, high
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` of any shape, floating point."""
+        if not self.enabled:
+            return x
+        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.low, self.high)
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The least and the largest value that are not clipped."""
+        return (self.low - self.zero_point) * self.scale, (self.high - self.zero_point) * self.scale
+
+
+class DynamicRounding(nn.Module):
+    """The same with the range of each tensor as it comes."""
+
+    def __init__(self, choose: Callable[..., Any], arguments: tuple[Any, ...], limits: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.enabled = False
+        self.choose, self.arguments, self.limits = choose, arguments, limits
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` of any shape, floating point."""
+        if not self.enabled:
+            return x
+        scale, zero_point = self.choose(x, *self.arguments)
+        low, high = self.limits[:2]
+        return torch.fake_quantize_per_tensor_affine(x, float(scale), int(zero_point), low, high)
+
+
+class SwitchedWeight(nn.Module):
+    """Gives a weight, rounded or in float."""
+
+    def __init__(self, floating: torch.Tensor, rounded: torch.Tensor) -> None:
+        super().__init__()
+        self.enabled = False
+        self.register_buffer("floating", floating.detach())
+        self.register_buffer("rounded", rounded.detach())
+
+    def forward(self) -> torch.Tensor:
+        """The weight."""
+        return self.weight(self.enabled)
+
+    def weight(self, rounded: bool) -> torch.Tensor:
+        """One of the two."""
+        return self.get_buffer("rounded" if rounded else "floating")
+
+
+class SwitchedLayer(SwitchedWeight):
+    """A linear or (transposed) convolution with a weight that is rounded or in float, and what is fused with it."""
+
+    def __init__(self, layer: Any, floating: torch.Tensor, after: nn.Module | None) -> None:
+        int8 = Int8Weight(layer, after)
+        super().__init__(floating, int8.dequantized())
+        self.kind = type(layer).__name__
+        self.layer = int8
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """As the float layer."""
+        return self.layer.compute(x, self.weight(self.enabled))
+
+
+class Switched(nn.Module):
+    """A module in float, or what stands in its place in the int8 model; both take and give floats."""
+
+    def __init__(self, off: nn.Module, on: nn.Module, kind: str) -> None:
+        super().__init__()
+        self.enabled = False
+        self.off, self.on, self.kind = off, on, kind
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What one of them gives."""
+        return (self.on if self.enabled else self.off)(*args, **kwargs)
+
+
+Switch = Rounding | DynamicRounding | SwitchedWeight | Switched
+_LAYER_SWITCHES = (SwitchedLayer, Switched)
+
+
+def simulate(prepared: nn.Module) -> nn.Module:
+    """A copy of what :func:`lightning_quant.prepare` gave, in eval mode on the CPU, with simulated graphs, all float.
+
+    Args:
+        prepared: Not changed. Its observers have seen data.
+
+    Raises:
+        CaptureError: ``prepared`` does not come from ``prepare``.
+        CalibrationError: An observer saw no data.
+        ExportError: It was prepared by ``backend="torchscript"``, whose graphs have no float arithmetic.
+    """
+    return each_graph(prepared, None, simulate_graph)
+
+
+def simulate_graph(prepared: Any, kept: dict[str, nn.Module] | None = None) -> fx.GraphModule:
+    """One prepared graph as one that can be switched; see :func:`switch`.
+
+    Args:
+        prepared: Of one target. Not changed.
+        kept: What stands in the places of the modules that it keeps. Default: copies of them.
+    """
+    known = info(prepared)
+    graph_module, floats = unfolded_graph(prepared, kept)
+    graph_module = fx.GraphModule(graph_module, graph_module.graph)
+    _switch_modules(graph_module, prepared, kept, floats)
+    _switch_pairs(graph_module)
+    _without_in_place(graph_module, tuple(known.kept))
+    graph_module.graph.eliminate_dead_code()
+    graph_module.graph.lint()
+    graph_module.recompile()
+    graph_module.delete_all_unused_submodules()
+    graph_module.meta[_META] = _simulation(graph_module, known.origins, takes_only=known.config.backend == "pt2e")
+    with_info(graph_module, known)
+    for parameter in graph_module.parameters():
+        parameter.requires_grad_(False)
+    return graph_module.eval()
+
+
+def is_simulated(module: nn.Module) -> bool:
+    """Whether ``module`` is a graph that :func:`simulate_graph` gave."""
+    return isinstance(module.__dict__.get("meta", {}).get(_META), Simulation)
+
+
+def simulation(graph_module: nn.Module) -> Simulation:
+    """What is known of a simulated graph."""
+    found: Simulation = graph_module.__dict__["meta"][_META]
+    return found
+
+
+def switch(graph_module: nn.Module, quantized: Collection[str]) -> None:
+    """Let the layers of these names run quantized, and all others in float."""
+    chosen = set(quantized)
+    for name, owners in simulation(graph_module).owners.items():
+        part: Any = graph_module.get_submodule(name)
+        part.enabled = not owners.isdisjoint(chosen)
+
+
+def switched_on(graph_module: nn.Module, quantized: Collection[str]) -> frozenset[str]:
+    """The switches that are on where the layers of these names are quantized."""
+    chosen = set(quantized)
+    return frozenset(name for name, owners in simulation(graph_module).owners.items() if not owners.isdisjoint(chosen))
+
+
+# ---- making it
+
+
+def _switch_modules(
+    graph_module: fx.GraphModule, prepared: Any, kept: dict[str, nn.Module] | None, floats: dict[str, torch.Tensor]
+) -> None:
+    """Layers with weights, and modules that have an int8 form of their own."""
+    known = info(prepared)
+    names = dict.fromkeys(str(node.target) for node in graph_module.graph.nodes if node.op == "call_module")
+    int8: Any = None
+    for name in names:
+        module: Any = graph_module.get_submodule(name)
+        fused = list(module) if isinstance(module, nn.Sequential) else [module]
+        if is_reference_layer(fused[0]):
+            after = nn.Sequential(*fused[1:]) if len(fused) > 1 else None
+            put(graph_module, name, SwitchedLayer(fused[0], floats.get(name, fused[0].weight), after))
+            continue
+        before = _module_of(prepared, name)
+        if before is None or name in known.kept:
+            continue
+        now = module
+        if isinstance(before, RECURRENT) and known.method != "dynamic":  # in a neutral form they stay float
+            int8 = convert_graph(prepared, kept) if int8 is None else int8
+            now = int8.get_submodule(name)
+        has_own = name in known.swapped or isinstance(before, Table) or isinstance(now, RECURRENT_MODULES)
+        if has_own or (known.method == "dynamic" and _is_linear(before) and type(now) is not type(before)):
+            put(graph_module, name, Switched(_in_float(before), now, _kind(before)))
+
+
+def _in_float(module: nn.Module) -> nn.Module:
+    twin = copy.deepcopy(module).eval()
+    if isinstance(twin, Table):
+        twin.fake_quantize = False
+    return twin
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(next(iter(module.children())) if isinstance(module, FusedModule) else module, nn.Linear)
+
+
+def _kind(module: nn.Module) -> str:
+    if isinstance(module, Table):
+        return "EmbeddingBag" if module.reading.is_bag else "Embedding"
+    if isinstance(module, Opaque):
+        return _kind(module.module)
+    if isinstance(module, FusedModule):
+        return _kind(next(iter(module.children())))
+    return type(module).__name__
+
+
+def _module_of(prepared: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return prepared.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _switch_pairs(graph_module: fx.GraphModule) -> None:
+    graph = graph_module.graph
+    constants = _constants(graph)
+    number = 0
+    for node in list(graph.nodes):
+        if node.target not in _DEQUANTIZE:
+            continue
+        quantize: Any = node.args[0]
+        if not isinstance(quantize, fx.Node) or quantize.target not in _QUANTIZE:
+            raise CaptureError(f"{node.format_node()} dequantizes what no operator of the graph has quantized.")
+        source: Any = quantize.args[0]
+        if source in constants:
+            floating = _value(graph_module, source)
+            part: nn.Module = SwitchedWeight(floating, _value(graph_module, node))
+            inputs: tuple[Any, ...] = ()
+        else:
+            part, inputs = _rounding(quantize), (source,)
+        name = f"_switch_{number}"
+        number += 1
+        graph_module.add_submodule(name, part)
+        with graph.inserting_before(node):
+            switched = graph.call_module(name, inputs)
+        switched.meta = dict(node.meta)
+        node.replace_all_uses_with(switched)
+        graph.erase_node(node)
+
+
+def _rounding(quantize: fx.Node) -> nn.Module:
+    _, scale, zero_point, low, high, dtype = quantize.args
+    if quantize.target is _OPS.quantize_per_tensor.default:
+        return Rounding(float(scale), int(zero_point), int(low), int(high))  # type: ignore[arg-type]
+    choose: Any = scale.args[0] if isinstance(scale, fx.Node) and scale.args else None
+    if not isinstance(choose, fx.Node) or choose.target not in _CHOOSE:
+        raise CaptureError(f"{quantize.format_node()}: this way of rounding an activation cannot be simulated.")
+    return DynamicRounding(choose.target, tuple(choose.args[1:]), (low, high, dtype))  # type: ignore[arg-type]
+
+
+def _constants(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that are the same in every call."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if node.op == "get_attr" or (node.op == "call_function" and inputs and all(n in found for n in inputs)):
+            found.add(node)
+    return found
+
+
+def _value(graph_module: fx.GraphModule, node: fx.Node) -> Any:
+    if node.op == "get_attr":
+        value: Any = graph_module
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        return value
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _value(graph_module, n))
+    with torch.no_grad():
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _without_in_place(graph_module: fx.GraphModule, kept: tuple[str, ...]) -> None:
+    """Activations of a copy that give a tensor of their own, so that one pass can begin where another one is."""
+    for name, module in graph_module.named_modules():
+        if getattr(module, "inplace", False) is True and not f"{name}.".startswith(tuple(f"{k}." for k in kept)):
+            module.inplace = False  # type: ignore[assignment]
+    for node in graph_module.graph.nodes:
+        if node.kwargs.get("inplace") is True:
+            node.kwargs = {**node.kwargs, "inplace": False}
+
+
+# ---- which switches are a layer's
+
+
+def _simulation(graph_module: fx.GraphModule, origins: dict[str, str], *, takes_only: bool) -> Simulation:
+    parts: dict[fx.Node, Any] = {
+        node: graph_module.get_submodule(str(node.target))
+        for node in graph_module.graph.nodes
+        if node.op == "call_module"
+    }
+    layers: dict[fx.Node, tuple[str, str, str]] = {}  # name, skip, kind
+    owners: dict[str, frozenset[str]] = {}
+    for node, part in parts.items():
+        if isinstance(part, _LAYER_SWITCHES):
+            name = str(node.target)
+            layers[node] = (name, origins.get(name, name), part.kind)
+            owners[name] = frozenset({name})
+    constants = {node for node, part in parts.items() if type(part) is SwitchedWeight}
+    known = constants | _constants(graph_module.graph)
+    for node in constants:
+        found = _readers(node, known)
+        for layer in found:
+            place = place_of(layer)
+            kind = str(layer.target).rpartition("aten.")[2].partition(".")[0]
+            layers[layer] = (place or layer.name, place, kind)
+        owners[str(node.target)] = frozenset(layers[layer][0] for layer in found)
+    roundings = {node for node, part in parts.items() if isinstance(part, (Rounding, DynamicRounding))}
+    for node in roundings:
+        near = _nearest(node, layers, roundings, takes_only=takes_only)
+        owners[str(node.target)] = owners.get(str(node.target), frozenset()) | {layers[n][0] for n in near}
+    return Simulation(_in_order(graph_module.graph, layers), owners)
+
+
+def _in_order(graph: fx.Graph, layers: dict[fx.Node, tuple[str, str, str]]) -> tuple[SimulatedLayer, ...]:
+    found: dict[str, SimulatedLayer] = {}
+    for node in graph.nodes:
+        if node in layers:
+            name, skip, kind = layers[node]
+            before = found[name].nodes if name in found else ()
+            found[name] = SimulatedLayer(name, skip, kind, (*before, node.name))
+    return tuple(found.values())
+
+
+def _readers(weight: fx.Node, constants: Collection[fx.Node]) -> set[fx.Node]:
+    """The layers that read a stored weight, moved or not."""
+    found: set[fx.Node] = set()
+    waiting = list(weight.users)
+    moved = {weight}
+    while waiting:
+        node = waiting.pop()
+        if all(n in constants or n in moved for n in node.all_input_nodes):
+            moved.add(node)
+            waiting.extend(node.users)
+        else:
+            found.add(node)
+    return found
+
+
+def _nearest(
+    node: fx.Node, layers: Collection[fx.Node], roundings: Collection[fx.Node], *, takes_only: bool
+) -> set[fx.Node]:
+    """The layers for which a rounding is on."""
+    before = _reached(node, lambda n: n.all_input_nodes, layers, roundings)
+    behind = _reached(node, lambda n: list(n.users), layers, roundings)
+    if takes_only:
+        near = behind or before
+    else:
+        near = before | behind
+    if near:
+        return near
+    # between operators that have other roundings around them
+    return _reached(node, lambda n: n.all_input_nodes, layers, ()) | _reached(node, lambda n: list(n.users), layers, ())
+
+
+def _reached(
+    start: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]], layers: Collection[fx.Node], ends: Collection[fx.Node]
+) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    seen = {start}
+    waiting = list(step(start))
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in layers:
+            found.add(node)
+        elif node not in ends:
+            waiting.extend(step(node))
+    return found
+
+
+def macs_of(weight: torch.Tensor, kind: str, given: torch.Tensor, output: Any) -> int:
+    """Multiply-accumulates of one call of a layer: outputs times what each of them reads, as ``coverage`` counts."""
+    if "transpose" in kind.lower():
+        return given.numel() * math.prod(weight.shape[1:])
+    if kind in ("mm", "matmul", "addmm"):
+        return int(output.numel()) * weight.shape[-2]
+    return int(output.numel()) * math.prod(weight.shape[1:])
+
