@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,7 @@ def deliver(
     metrics_before: dict[str, float] | None = None,
     team: Team = ALONE,
     run: str = "",
+    amend: Callable[[QuantReport], QuantReport] = lambda report: report,
 ) -> QuantReport:
     """Evaluate the int8 model, write and verify its files, time them, and write the report.
 
@@ -134,6 +136,7 @@ def deliver(
         metrics_before: Of the module before training.
         team: The processes that take part.
         run: Who asks for it, for the report.
+        amend: What is to be added to the report before it is written.
 
     Raises:
         ExportError: A file could not be written or computes something else. No file of this run is left.
@@ -166,6 +169,7 @@ def deliver(
             num_processes=team.size,
             run=run,
         )
+        found = amend(found)
         found.write(export.path)
         return found
 

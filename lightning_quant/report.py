@@ -68,6 +68,7 @@ class QuantReport:
         notes: Remarks for a person.
         kept: Submodule that runs its own code between the graphs around and inside of it -> why.
         num_processes: How many processes trained, calibrated and evaluated it.
+        search: Of layers to leave in float: the bound, whether it is met, and the layers; None: there was none.
         run: The callback that made it, so that it is known again where its processes are gone; empty: none did.
     """
 
@@ -92,6 +93,7 @@ class QuantReport:
     notes: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
     num_processes: int = 1
+    search: dict[str, Any] | None = None
     run: str = field(default="", compare=False)
 
     @property

@@ -39,7 +39,7 @@ LAYERS = (
     ("parts",),
     ("figures",),
     ("pipeline",),
-    ("from_checkpoint",),
+    ("from_checkpoint", "fallback"),
     ("callbacks",),
     ("demo",),
     ("cli",),
@@ -47,7 +47,9 @@ LAYERS = (
 )
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 
-KNOW_LIGHTNING = ("evaluate", "inputs", "tuning", "parts", "pipeline", "from_checkpoint", "callbacks", "demo", "cli")
+KNOW_LIGHTNING = (
+    "evaluate", "inputs", "tuning", "parts", "pipeline", "fallback", "from_checkpoint", "callbacks", "demo", "cli",
+)  # fmt: skip
 LIGHTNING = ("pytorch_lightning", "lightning", "lightning_fabric")
 # torch.quantization is the old name of torch.ao.quantization
 TORCH_AO = ("torch.ao", "torch.quantization", "torchao")
