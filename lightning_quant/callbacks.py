@@ -282,8 +282,8 @@ class PostTrainingQuantization(_Base):
         max_seconds: With ``max_drop``: when no further set is tried. None: never.
 
     Raises:
-        ConfigError: The config cannot do the method, a format that was named cannot be written, or settings of the bound
-            contradict each other.
+        ConfigError: The config cannot do the method, a format that was named cannot be written, or settings of the
+            bound contradict each other.
         MissingExtraError: A format that was named needs a package that is not installed.
 
     >>> PostTrainingQuantization(QuantConfig(skip=("*.head",)), calibration_batches=8).method

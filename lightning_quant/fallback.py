@@ -79,7 +79,7 @@ def within_bound(
     settings = (task.config, task.method, task.calibration_batches, goal.monitor)
     team = task.data.team
     history = History(folder / STATE, fingerprint(task.module, *settings), reference, team)
-    simulated = {name: simulate_graph(graph, empty_places(graph)) for name, graph in graphs.items()}
+    simulated: Graphs = {name: simulate_graph(graph, empty_places(graph)) for name, graph in graphs.items()}
     if not history.ordered:
         calls = _record(task, simulated)
         found = team.by_first(lambda: measured(simulated, calls))

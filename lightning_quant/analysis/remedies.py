@@ -130,7 +130,9 @@ def _for_input(kind: str, seen: Observed, method: str) -> str:
     if method == "dynamic":
         return "SmoothQuant, or skip" if linear and seen.outlier_channels else "skip"
     if seen.outlier_channels:
-        return "SmoothQuant, or skip with the layer before" if linear else "equalize with the layer before, or skip both"
+        return (
+            "SmoothQuant, or skip with the layer before" if linear else "equalize with the layer before, or skip both"
+        )
     error = seen.input_error.sqnr_db
     if seen.clipped.signal and seen.clipped.sqnr_db < error + _CLEARLY_DB + 10:
         return "a wider range (observer='min_max'), or more calibration data"

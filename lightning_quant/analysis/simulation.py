@@ -1,8 +1,8 @@
 """A prepared graph in float arithmetic, in which each layer can be quantized or float: nothing is converted again.
 
 It is made from the reference graph of the backend, which has explicit quantize and dequantize operators. Each pair of
-them becomes a :class:`Rounding` that can be switched, each layer a :class:`SwitchedLayer` that has its weight in float
-and rounded. With everything on it computes what the reference graph computes, with everything off the float model.
+them becomes a ``Rounding`` that can be switched, each layer a ``SwitchedLayer`` that has its weight in float and
+rounded. With everything on it computes what the reference graph computes, with everything off the float model.
 
 Which pairs belong to a layer follows what conversion does with a layer in ``skip``: torch's int8 layers take and give
 int8, so that the pairs before and behind it go only where the neighbours are float, too. Exported graphs (``pt2e``)
@@ -21,12 +21,13 @@ import torch
 from torch import fx, nn
 
 from lightning_quant._torch_ao import RECURRENT_MODULES, FusedModule
+from lightning_quant.analysis.switches import DynamicRounding, Rounding, Switched, SwitchedLayer, SwitchedWeight
 from lightning_quant.backends import convert_graph, each_graph, unfolded_graph
 from lightning_quant.backends.embeddings import Table
 from lightning_quant.backends.graph import info, place_of, put, with_info
 from lightning_quant.backends.rewriting import Opaque
 from lightning_quant.errors import CaptureError
-from lightning_quant.exporters.qdq import Int8Weight, is_reference_layer
+from lightning_quant.exporters.qdq import is_reference_layer
 
 _OPS = torch.ops.quantized_decomposed
 _QUANTIZE = (_OPS.quantize_per_tensor.default, _OPS.quantize_per_tensor.tensor, _OPS.quantize_per_channel.default)
@@ -67,100 +68,6 @@ class Simulation:
 
     layers: tuple[SimulatedLayer, ...]
     owners: dict[str, frozenset[str]]
-
-
-def rounded(x: torch.Tensor, scale: float, zero_point: int, low: int, high: int) -> torch.Tensor:
-    """``(clamp(round(x / scale) + zero_point, low, high) - zero_point) * scale``, without a gradient.
-
-    In four passes that are vectorised: ``torch.fake_quantize_per_tensor_affine`` takes ten times as long, because it
-    keeps a mask for the gradient.
-    """
-    return x.mul(1.0 / scale).round_().clamp_(low - zero_point, high - zero_point).mul_(scale)
-
-
-class Rounding(nn.Module):
-    """``(clamp(round(x / scale) + zero_point, low, high) - zero_point) * scale`` where it is on, else ``x``."""
-
-    def __init__(self, scale: float, zero_point: int, low: int, high: int) -> None:
-        super().__init__()
-        self.enabled = False
-        self.scale, self.zero_point, self.low, self.high = scale, zero_point, low, high
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` of any shape, floating point."""
-        return rounded(x, self.scale, self.zero_point, self.low, self.high) if self.enabled else x
-
-    @property
-    def range(self) -> tuple[float, float]:
-        """The least and the largest value that are not clipped."""
-        return (self.low - self.zero_point) * self.scale, (self.high - self.zero_point) * self.scale
-
-
-class DynamicRounding(nn.Module):
-    """The same with the range of each tensor as it comes."""
-
-    def __init__(self, choose: Callable[..., Any], arguments: tuple[Any, ...], limits: tuple[int, int]) -> None:
-        super().__init__()
-        self.enabled = False
-        self.choose, self.arguments, self.limits = choose, arguments, limits
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` of any shape, floating point."""
-        if not self.enabled:
-            return x
-        scale, zero_point = self.choose(x, *self.arguments)
-        return rounded(x, float(scale), int(zero_point), *self.limits)
-
-
-class SwitchedWeight(nn.Module):
-    """Gives a weight, rounded or in float."""
-
-    def __init__(self, floating: torch.Tensor, rounded: torch.Tensor, holder: str = "") -> None:
-        super().__init__()
-        self.enabled = False
-        #: The module of the float model that has it, where that is known.
-        self.holder = holder
-        self.register_buffer("floating", floating.detach())
-        self.register_buffer("rounded", rounded.detach())
-
-    def forward(self) -> torch.Tensor:
-        """The weight."""
-        return self.weight(self.enabled)
-
-    def weight(self, rounded: bool) -> torch.Tensor:
-        """One of the two."""
-        return self.get_buffer("rounded" if rounded else "floating")
-
-
-class SwitchedLayer(SwitchedWeight):
-    """A linear or (transposed) convolution with a weight that is rounded or in float, and what is fused with it."""
-
-    def __init__(self, layer: Any, floating: torch.Tensor, after: nn.Module | None) -> None:
-        int8 = Int8Weight(layer, after)
-        super().__init__(floating, int8.dequantized())
-        self.kind = type(layer).__name__
-        self.layer = int8
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """As the float layer."""
-        return self.layer.compute(x, self.weight(self.enabled))
-
-
-class Switched(nn.Module):
-    """A module in float, or what stands in its place in the int8 model; both take and give floats."""
-
-    def __init__(self, off: nn.Module, on: nn.Module, kind: str) -> None:
-        super().__init__()
-        self.enabled = False
-        self.off, self.on, self.kind = off, on, kind
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What one of them gives."""
-        return (self.on if self.enabled else self.off)(*args, **kwargs)
-
-
-Switch = Rounding | DynamicRounding | SwitchedWeight | Switched
-_LAYER_SWITCHES = (SwitchedLayer, Switched)
 
 
 def simulate(prepared: nn.Module) -> nn.Module:
@@ -241,7 +148,8 @@ def _switch_modules(
         fused = list(module) if isinstance(module, nn.Sequential) else [module]
         if is_reference_layer(fused[0]):
             after = nn.Sequential(*fused[1:]) if len(fused) > 1 else None
-            put(graph_module, name, SwitchedLayer(fused[0], floats.get(name, fused[0].weight), after))
+            weight: Any = floats[name] if name in floats else fused[0].weight
+            put(graph_module, name, SwitchedLayer(fused[0], weight, after))
             continue
         before = _module_of(prepared, name)
         if before is None or name in known.kept:
@@ -346,7 +254,7 @@ def _without_in_place(graph_module: fx.GraphModule, kept: tuple[str, ...]) -> No
     """Activations of a copy that give a tensor of their own, so that one pass can begin where another one is."""
     for name, module in graph_module.named_modules():
         if getattr(module, "inplace", False) is True and not f"{name}.".startswith(tuple(f"{k}." for k in kept)):
-            module.inplace = False  # type: ignore[assignment]
+            module.inplace = False
     for node in graph_module.graph.nodes:
         if node.kwargs.get("inplace") is True:
             node.kwargs = {**node.kwargs, "inplace": False}
@@ -364,7 +272,7 @@ def _simulation(graph_module: fx.GraphModule, origins: dict[str, str], *, takes_
     layers: dict[fx.Node, tuple[str, str, str]] = {}  # name, skip, kind
     owners: dict[str, frozenset[str]] = {}
     for node, part in parts.items():
-        if isinstance(part, _LAYER_SWITCHES):
+        if isinstance(part, (SwitchedLayer, Switched)):
             name = str(node.target)
             layers[node] = (name, origins.get(name, name), part.kind)
             owners[name] = frozenset({name})
@@ -452,4 +360,3 @@ def macs_of(weight: torch.Tensor, kind: str, given: torch.Tensor, output: Any) -
     if kind in ("mm", "matmul", "addmm"):
         return int(output.numel()) * weight.shape[-2]
     return int(output.numel()) * math.prod(weight.shape[1:])
-
