@@ -1,6 +1,8 @@
 """Quantize any LightningModule to int8 with one callback: calibrated or trained, verified, exported."""
 
 from lightning_quant.analysis.coverage import Coverage, LayerRow, coverage
+from lightning_quant.analysis.plots import plot_sensitivity
+from lightning_quant.analysis.sensitivity import LayerSensitivity, Sensitivity, sensitivity
 from lightning_quant.backends import convert, prepare
 from lightning_quant.callbacks import PostTrainingQuantization, QuantizationAwareTraining
 from lightning_quant.config import ExportConfig, LayerConfig, QuantConfig, TensorSpec
@@ -32,6 +34,7 @@ __all__ = [
     "FormatReport",
     "LayerConfig",
     "LayerRow",
+    "LayerSensitivity",
     "MissingExtraError",
     "PostTrainingQuantization",
     "QuantConfig",
@@ -39,11 +42,14 @@ __all__ = [
     "QuantizationAwareTraining",
     "QuantizationError",
     "RankError",
+    "Sensitivity",
     "TensorSpec",
     "convert",
     "coverage",
     "export",
     "export_checkpoint",
     "load",
+    "plot_sensitivity",
     "prepare",
+    "sensitivity",
 ]

@@ -319,6 +319,11 @@ class PostTrainingQuantization(_Base):
                 "PostTrainingQuantization(monitor=..., mode=..., relative=..., max_seconds=...) are settings of the "
                 "search for layers to leave in float. Give max_drop=... as well, or leave them out."
             )
+        if max_drop is not None and config.backend == "torchscript":
+            raise ConfigError(
+                "PostTrainingQuantization(max_drop=...) with backend='torchscript': its graphs have no float form in "
+                "which single layers could be quantized. Use backend='fx', 'eager' or 'pt2e'."
+            )
         self.goal = None if max_drop is None else Goal(
             monitor=monitor or "", max_drop=max_drop, mode=mode, relative=relative, max_evaluations=max_evaluations,
             max_seconds=max_seconds,

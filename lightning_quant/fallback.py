@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lightning_quant.analysis.sensitivity import Sensitivity, joined, measure
+from lightning_quant.analysis.sensitivity import LayerSensitivity, Sensitivity, joined, measure
 from lightning_quant.analysis.simulation import simulate_graph, simulation, switch
 from lightning_quant.backends import inner_first
 from lightning_quant.backends.graph import info, put
@@ -83,7 +83,7 @@ def within_bound(
     if not history.ordered:
         calls = _record(task, simulated)
         found = team.by_first(lambda: measured(simulated, calls))
-        history.ordered = candidates(found.layers)
+        history.ordered = candidates(_named(found, task.module))
         history.write()
     prepared: dict[frozenset[str], tuple[Capture, Graphs]] = {frozenset(): (captured, graphs)}
 
@@ -106,6 +106,18 @@ def within_bound(
 def measured(simulated: Graphs, calls: dict[str, list[tuple[Any, ...]]]) -> Sensitivity:
     """The layers of all graphs."""
     return joined(measure(simulated[name], data, owner=name) for name, data in calls.items() if data)
+
+
+def _named(found: Sensitivity, module: Any) -> tuple[LayerSensitivity, ...]:
+    """The layers with the submodules that can be skipped for them: what a function stands in has no name of its own."""
+    names = {name for name, _ in module.named_modules(remove_duplicate=False)}
+
+    def known(name: str) -> str:
+        while name and name not in names:
+            name = name.rpartition(".")[0]
+        return name
+
+    return tuple(replace(layer, skip=known(layer.skip)) for layer in found.layers)
 
 
 def prepare_again(task: Task, left_float: frozenset[str]) -> tuple[Capture, Graphs]:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_flatten, tree_map
 
-from lightning_quant.analysis.simulation import macs_of, simulation, switch, switched_on
+from lightning_quant.analysis.simulation import macs_of, simulation, switch_to, switched_on, switches
 from lightning_quant.analysis.sqnr import Power
 from lightning_quant.analysis.switches import SwitchedLayer, SwitchedWeight
 
@@ -35,15 +35,12 @@ class Runner:
         for node in self.nodes:
             users = [self.place[user] for user in node.users]
             self.last.setdefault(max(users, default=self.place[node]), []).append(node)
+        known = set(switches(graph_module))
         self.switches = {
-            str(n.target): self.place[n] for n in reversed(self.nodes) if str(n.target) in self._owners
+            str(n.target): self.place[n] for n in reversed(self.nodes) if str(n.target) in known
         }  # the first call of each
         self.layers = {n: layer.name for layer in simulation(graph_module).layers for n in layer.nodes}
         self.changes_inputs = False
-
-    @property
-    def _owners(self) -> dict[str, frozenset[str]]:
-        return simulation(self.module).owners
 
     def start(self, data: tuple[Any, ...]) -> dict[fx.Node, Any]:
         """The values of the inputs."""
@@ -107,17 +104,17 @@ class Runner:
         """
         base = switched_on(self.module, quantized)
         starts: dict[int, list[str]] = {}
-        for key, names in variants.items():
-            different = base ^ switched_on(self.module, names)
-            first = min((self.switches[name] for name in different), default=len(self.nodes) - 1)
+        on = {key: switched_on(self.module, names) for key, names in variants.items()}
+        for key, theirs in on.items():
+            first = min((self.switches[name] for name in base ^ theirs), default=len(self.nodes) - 1)
             starts.setdefault(0 if self.changes_inputs else first, []).append(key)
-        switch(self.module, quantized)
+        switch_to(self.module, base)
         values = self.start(data)
         for number, node in enumerate(self.nodes):
             for key in starts.get(number, ()):
-                switch(self.module, variants[key])
+                switch_to(self.module, on[key])
                 outputs[key] = self.finish(self.start(data) if self.changes_inputs else dict(values), number)
-                switch(self.module, quantized)
+                switch_to(self.module, base)
             if visit is not None and node.name in self.layers:
                 visit(node, values)
             self.step(values, number)

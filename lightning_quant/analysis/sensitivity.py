@@ -271,7 +271,7 @@ def _look_at(runner: Runner, node: fx.Node, values: dict[fx.Node, Any], result: 
     output = runner.called(node, args, kwargs)
     stored = runner.weight_of(node)
     given = values[source] if source is not None else None
-    if stored is None or not isinstance(given, torch.Tensor) or not isinstance(output, torch.Tensor):
+    if source is None or stored is None or not isinstance(given, torch.Tensor) or not isinstance(output, torch.Tensor):
         result.macs[name] += _macs_of_module(runner.parts.get(node), given)
         return
     seen = result.seen.setdefault(name, Observed())

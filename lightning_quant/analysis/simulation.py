@@ -4,16 +4,14 @@ It is made from the reference graph of the backend, which has explicit quantize 
 them becomes a ``Rounding`` that can be switched, each layer a ``SwitchedLayer`` that has its weight in float and
 rounded. With everything on it computes what the reference graph computes, with everything off the float model.
 
-Which pairs belong to a layer follows what conversion does with a layer in ``skip``: torch's int8 layers take and give
-int8, so that the pairs before and behind it go only where the neighbours are float, too. Exported graphs (``pt2e``)
-observe what layers take, and not what they give.
+Which pairs belong to a layer is said by :mod:`lightning_quant.analysis.switch_plan`.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +19,7 @@ import torch
 from torch import fx, nn
 
 from lightning_quant._torch_ao import RECURRENT_MODULES, FusedModule
+from lightning_quant.analysis.switch_plan import SwitchPlan, plan
 from lightning_quant.analysis.switches import DynamicRounding, Rounding, Switched, SwitchedLayer, SwitchedWeight
 from lightning_quant.backends import convert_graph, each_graph, unfolded_graph
 from lightning_quant.backends.embeddings import Table
@@ -63,11 +62,11 @@ class Simulation:
 
     Attributes:
         layers: In the order in which they run.
-        owners: Switch (name of a submodule) -> the layers for which it is on.
+        plan: Which switches (names of submodules) are on, where some of the layers are quantized.
     """
 
     layers: tuple[SimulatedLayer, ...]
-    owners: dict[str, frozenset[str]]
+    plan: SwitchPlan
 
 
 def simulate(prepared: nn.Module) -> nn.Module:
@@ -121,16 +120,25 @@ def simulation(graph_module: nn.Module) -> Simulation:
 
 def switch(graph_module: nn.Module, quantized: Collection[str]) -> None:
     """Let the layers of these names run quantized, and all others in float."""
-    chosen = set(quantized)
-    for name, owners in simulation(graph_module).owners.items():
+    switch_to(graph_module, switched_on(graph_module, quantized))
+
+
+def switch_to(graph_module: nn.Module, on: Collection[str]) -> None:
+    """Let these switches be on, and all others off."""
+    for name in switches(graph_module):
         part: Any = graph_module.get_submodule(name)
-        part.enabled = not owners.isdisjoint(chosen)
+        part.enabled = name in on
 
 
 def switched_on(graph_module: nn.Module, quantized: Collection[str]) -> frozenset[str]:
     """The switches that are on where the layers of these names are quantized."""
-    chosen = set(quantized)
-    return frozenset(name for name, owners in simulation(graph_module).owners.items() if not owners.isdisjoint(chosen))
+    return simulation(graph_module).plan.on(quantized)
+
+
+def switches(graph_module: nn.Module) -> tuple[str, ...]:
+    """The names of all of them."""
+    plan = simulation(graph_module).plan
+    return tuple({**plan.owners, **plan.roundings})
 
 
 # ---- making it
@@ -287,11 +295,10 @@ def _simulation(graph_module: fx.GraphModule, origins: dict[str, str], *, takes_
             kind = str(layer.target).rpartition("aten.")[2].partition(".")[0]
             layers[layer] = (place or layer.name, place, kind)
         owners[str(node.target)] = frozenset(layers[layer][0] for layer in found)
-    roundings = {node for node, part in parts.items() if isinstance(part, (Rounding, DynamicRounding))}
-    for node in roundings:
-        near = _nearest(node, layers, roundings, takes_only=takes_only)
-        owners[str(node.target)] = owners.get(str(node.target), frozenset()) | {layers[n][0] for n in near}
-    return Simulation(_in_order(graph_module.graph, layers), owners)
+    roundings = [node for node, part in parts.items() if isinstance(part, (Rounding, DynamicRounding))]
+    names = {node: name for node, (name, _, _) in layers.items()}
+    made = plan(graph_module, names, roundings, owners, takes_only=takes_only)
+    return Simulation(_in_order(graph_module.graph, layers), made)
 
 
 def _in_order(graph: fx.Graph, layers: dict[fx.Node, tuple[str, str, str]]) -> tuple[SimulatedLayer, ...]:
@@ -316,40 +323,6 @@ def _readers(weight: fx.Node, constants: Collection[fx.Node]) -> set[fx.Node]:
             waiting.extend(node.users)
         else:
             found.add(node)
-    return found
-
-
-def _nearest(
-    node: fx.Node, layers: Collection[fx.Node], roundings: Collection[fx.Node], *, takes_only: bool
-) -> set[fx.Node]:
-    """The layers for which a rounding is on."""
-    before = _reached(node, lambda n: n.all_input_nodes, layers, roundings)
-    behind = _reached(node, lambda n: list(n.users), layers, roundings)
-    if takes_only:
-        near = behind or before
-    else:
-        near = before | behind
-    if near:
-        return near
-    # between operators that have other roundings around them
-    return _reached(node, lambda n: n.all_input_nodes, layers, ()) | _reached(node, lambda n: list(n.users), layers, ())
-
-
-def _reached(
-    start: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]], layers: Collection[fx.Node], ends: Collection[fx.Node]
-) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    seen = {start}
-    waiting = list(step(start))
-    while waiting:
-        node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node in layers:
-            found.add(node)
-        elif node not in ends:
-            waiting.extend(step(node))
     return found
 
 

@@ -78,7 +78,7 @@ class _Search:
         self, goal: Goal, history: History, evaluate: Callable[[frozenset[str], Kind], float], layers: frozenset[str]
     ) -> None:
         self.goal, self.history, self._evaluate, self.layers = goal, history, evaluate, layers
-        self.order = list(history.ordered)
+        self.order = [c for c in history.ordered if not layers <= set(c.layers)]
         self.chosen: list[Candidate] = []
         self.asked: dict[tuple[str, tuple[str, ...]], float] = {}
         # the last one would leave nothing to quantize
