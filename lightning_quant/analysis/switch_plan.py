@@ -96,14 +96,14 @@ class SwitchPlan:
             int8 = rest
 
     def _stays(self, group: Group, chosen: frozenset[str], int8: frozenset[int]) -> bool:
-        if group.layers:
-            return True
+        if group.layers and not self.takes_only:
+            return True  # it is a part of them
         for name in group.results:
             ends = self.roundings[name]
             if ends.read_in_float or not ends.read_by <= chosen or not ends.read_by_groups <= int8:
                 return False
         ends_of = [self.roundings[name] for name in group.sources]
-        return group.moves or all(self._is_int8(e.given_by, e.given_by_groups, chosen, int8) for e in ends_of)
+        return bool(group.layers) or group.moves or all(self._is_int8(e.given_by, e.given_by_groups, chosen, int8) for e in ends_of)
 
     def _is_int8(
         self, layers: frozenset[str], groups: frozenset[int], chosen: frozenset[str], int8: frozenset[int]
