@@ -158,8 +158,8 @@ def sensitivity(prepared: nn.Module, batches: Iterable[Any], *, passes: float = 
         raise ConfigError(
             "sensitivity(batches=...): there is no batch. Give some of the data that it was calibrated on."
         )
-    found = [measure(graphs[name], data, owner=name, passes=passes) for name, data in calls.items() if data]
-    return joined(found)
+    owners = {name: info(graph).interface.owner for name, graph in graphs.items()}
+    return joined(measure(graphs[n], data, owner=owners[n], passes=passes) for n, data in calls.items() if data)
 
 
 def joined(parts: Iterable[Sensitivity]) -> Sensitivity:

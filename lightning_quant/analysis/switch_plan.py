@@ -103,7 +103,11 @@ class SwitchPlan:
             if ends.read_in_float or not ends.read_by <= chosen or not ends.read_by_groups <= int8:
                 return False
         ends_of = [self.roundings[name] for name in group.sources]
-        return bool(group.layers) or group.moves or all(self._is_int8(e.given_by, e.given_by_groups, chosen, int8) for e in ends_of)
+        return (
+            bool(group.layers)
+            or group.moves
+            or all(self._is_int8(e.given_by, e.given_by_groups, chosen, int8) for e in ends_of)
+        )
 
     def _is_int8(
         self, layers: frozenset[str], groups: frozenset[int], chosen: frozenset[str], int8: frozenset[int]

@@ -79,9 +79,9 @@ class History:
     entries: dict[tuple[str, tuple[str, ...]], float] = field(default_factory=dict)
     ordered: tuple[Candidate, ...] = ()
     seconds: float = 0.0
-    began: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
+        self._began = time.monotonic()
         known = self.team.by_first(self._read)
         if known is None:
             return
@@ -102,7 +102,7 @@ class History:
 
     def spent_s(self) -> float:
         """Of all runs."""
-        return self.seconds + time.monotonic() - self.began
+        return self.seconds + time.monotonic() - self._began
 
     def keep(self, key: tuple[str, tuple[str, ...]], value: float) -> None:
         """Add a value."""

@@ -167,9 +167,9 @@ class _Search:
         if met:
             best = min(met, key=lambda names: sum(macs[name] for name in names))
         else:
-            # simulated ones are a guess at what would be better
+            # what was only simulated is a guess, for where there was no time to know
             simulated = {names: value for (kind, names), value in self.asked.items() if kind == "simulated"}
-            values = {**simulated, **real}
+            values = {**simulated, **real} if exhausted else real
             best = min(values, key=lambda n: (self.goal.drop(self.history.reference, values[n]), len(n)), default=())
         return Outcome(
             goal=self.goal,

@@ -301,7 +301,7 @@ def test_table_and_plot_name_the_worst_first() -> None:
 def test_errors_say_what_to_do() -> None:
     model, x = Mlp().eval(), torch.randn(8, 4)
     prepared = calibrated(model, x)
-    with pytest.raises(ConfigError, match="there is no batch. Give some of the data that it was calibrated on"):
+    with pytest.raises(ConfigError, match=r"there is no batch\. Give some of the data that it was calibrated on"):
         sensitivity(prepared, [])
     with pytest.raises(ConfigError, match=r"sensitivity\(passes=0\): give a number above 0"):
         sensitivity(prepared, [x], passes=0)
