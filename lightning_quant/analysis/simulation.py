@@ -21,12 +21,12 @@ from torch import fx, nn
 from lightning_quant._torch_ao import RECURRENT_MODULES, FusedModule
 from lightning_quant.analysis.switch_plan import SwitchPlan, plan
 from lightning_quant.analysis.switches import DynamicRounding, Rounding, Switched, SwitchedLayer, SwitchedWeight
-from lightning_quant.backends import convert_graph, each_graph, unfolded_graph
+from lightning_quant.backends import convert_graph, each_graph, graph_with_float_weights
 from lightning_quant.backends.embeddings import Table
 from lightning_quant.backends.graph import info, place_of, put, with_info
+from lightning_quant.backends.int8_weight import int8_weight
 from lightning_quant.backends.rewriting import Opaque
 from lightning_quant.errors import CaptureError
-from lightning_quant.exporters.qdq import is_reference_layer
 
 _OPS = torch.ops.quantized_decomposed
 _QUANTIZE = (_OPS.quantize_per_tensor.default, _OPS.quantize_per_tensor.tensor, _OPS.quantize_per_channel.default)
@@ -91,7 +91,7 @@ def simulate_graph(prepared: Any, kept: dict[str, nn.Module] | None = None) -> f
         kept: What stands in the places of the modules that it keeps. Default: copies of them.
     """
     known = info(prepared)
-    graph_module, floats = unfolded_graph(prepared, kept)
+    graph_module, floats = graph_with_float_weights(prepared, kept)
     graph_module = fx.GraphModule(graph_module, graph_module.graph)
     _switch_modules(graph_module, prepared, kept, floats)
     _switch_pairs(graph_module)
@@ -153,11 +153,10 @@ def _switch_modules(
     int8: Any = None
     for name in names:
         module: Any = graph_module.get_submodule(name)
-        fused = list(module) if isinstance(module, nn.Sequential) else [module]
-        if is_reference_layer(fused[0]):
-            after = nn.Sequential(*fused[1:]) if len(fused) > 1 else None
-            weight: Any = floats[name] if name in floats else fused[0].weight
-            put(graph_module, name, SwitchedLayer(fused[0], weight, after))
+        if (layer := int8_weight(module)) is not None:
+            own: Any = module[0] if isinstance(module, nn.Sequential) else module
+            weight = floats[name] if name in floats else own.weight
+            put(graph_module, name, SwitchedLayer(layer, weight, type(own).__name__))
             continue
         before = _module_of(prepared, name)
         if before is None or name in known.kept:

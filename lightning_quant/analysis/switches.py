@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_quant.exporters.qdq import Int8Weight
+from lightning_quant.backends.int8_weight import Int8Weight
 
 
 def rounded(x: torch.Tensor, scale: float, zero_point: int, low: int, high: int) -> torch.Tensor:
@@ -77,11 +77,9 @@ class SwitchedWeight(nn.Module):
 class SwitchedLayer(SwitchedWeight):
     """A linear or (transposed) convolution with a weight that is rounded or in float, and what is fused with it."""
 
-    def __init__(self, layer: Any, floating: torch.Tensor, after: nn.Module | None) -> None:
-        int8 = Int8Weight(layer, after)
-        super().__init__(floating, int8.dequantized())
-        self.kind = type(layer).__name__
-        self.layer = int8
+    def __init__(self, layer: Int8Weight, floating: torch.Tensor, kind: str) -> None:
+        super().__init__(floating, layer.dequantized())
+        self.layer, self.kind = layer, kind
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """As the float layer."""

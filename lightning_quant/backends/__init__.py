@@ -204,11 +204,11 @@ def reference_graph(prepared: nn.Module, kept: dict[str, nn.Module] | None = Non
     return backend_of(info(prepared).config).reference(prepared, kept)
 
 
-def unfolded_graph(
+def graph_with_float_weights(
     prepared: nn.Module, kept: dict[str, nn.Module] | None = None
 ) -> tuple[torch_fx.GraphModule, dict[str, torch.Tensor]]:
     """As :func:`reference_graph`, with the float weights still there: in the graph, or beside it by layer."""
-    return backend_of(info(prepared).config).unfolded(prepared, kept)
+    return backend_of(info(prepared).config).with_float_weights(prepared, kept)
 
 
 def reference(prepared: nn.Module, config: QuantConfig | None = None) -> nn.Module:

@@ -235,7 +235,7 @@ def reference(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None
     return with_info(graph_module.eval(), known)
 
 
-def unfolded(
+def with_float_weights(
     prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None
 ) -> tuple[fx.GraphModule, dict[str, torch.Tensor]]:
     """The reference graph, and the float weights of its layers; of ``dynamic``, the int8 graph.

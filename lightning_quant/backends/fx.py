@@ -201,7 +201,7 @@ def reference(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None
     return with_info(converted.eval(), known)
 
 
-def unfolded(
+def with_float_weights(
     prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None
 ) -> tuple[fx.GraphModule, dict[str, torch.Tensor]]:
     """The reference graph, whose layers have their weights in float; of ``dynamic``, the int8 graph.

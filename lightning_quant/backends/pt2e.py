@@ -123,8 +123,16 @@ def convert(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None) 
     return _converted(prepared, fold=True)
 
 
+def unfolded(prepared: fx.GraphModule) -> fx.GraphModule:
+    """As :func:`convert`, with float weights in front of quantize operators, so that both can be looked at.
+
+    Raises:
+        CalibrationError: An observer saw no data.
+    """
+    return _converted(prepared, fold=False)
+
+
 def _converted(prepared: fx.GraphModule, *, fold: bool) -> fx.GraphModule:
-    """See :func:`convert`; with ``fold``, weights are stored as int8, else as floats that the graph rounds."""
     known = info(prepared)
     check_seen(prepared)
     twin = copy.deepcopy(prepared).cpu().eval()
@@ -145,11 +153,11 @@ def _converted(prepared: fx.GraphModule, *, fold: bool) -> fx.GraphModule:
 reference = convert
 
 
-def unfolded(
+def with_float_weights(
     prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None
 ) -> tuple[fx.GraphModule, dict[str, torch.Tensor]]:
     """As :func:`convert`, with float weights in the graph, which it rounds in each call."""
-    return _converted(prepared, fold=False), {}
+    return unfolded(prepared), {}
 
 
 def _drop_dropout(graph_module: fx.GraphModule) -> None:

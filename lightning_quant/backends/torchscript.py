@@ -289,7 +289,7 @@ def reference(prepared: nn.Module, kept: dict[str, nn.Module] | None = None) -> 
     )
 
 
-def unfolded(
+def with_float_weights(
     prepared: nn.Module, kept: dict[str, nn.Module] | None = None
 ) -> tuple[fx.GraphModule, dict[str, torch.Tensor]]:
     """There is none.

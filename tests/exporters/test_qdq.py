@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from lightning_quant import QuantConfig, TensorSpec
 from lightning_quant.backends import fx
+from lightning_quant.backends.int8_weight import Int8Weight
 from lightning_quant.config import Method
 from lightning_quant.exporters import qdq
-from lightning_quant.exporters.qdq import Int8Weight, to_qdq
+from lightning_quant.exporters.qdq import to_qdq
 
 
 class Functional(nn.Module):
