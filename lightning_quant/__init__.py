@@ -2,6 +2,8 @@
 
 from lightning_quant import recipes
 from lightning_quant.analysis.coverage import Coverage, LayerRow, coverage
+from lightning_quant.analysis.plots import plot_sensitivity
+from lightning_quant.analysis.sensitivity import LayerSensitivity, Sensitivity, sensitivity
 from lightning_quant.backends import convert, prepare
 from lightning_quant.callbacks import PostTrainingQuantization, QuantizationAwareTraining
 from lightning_quant.config import ExportConfig, LayerConfig, QuantConfig, TensorSpec
@@ -35,6 +37,7 @@ __all__ = [
     "FormatReport",
     "LayerConfig",
     "LayerRow",
+    "LayerSensitivity",
     "MissingExtraError",
     "Plan",
     "PlannedLayer",
@@ -44,6 +47,7 @@ __all__ = [
     "QuantizationAwareTraining",
     "QuantizationError",
     "RankError",
+    "Sensitivity",
     "TensorSpec",
     "convert",
     "coverage",
@@ -51,7 +55,9 @@ __all__ = [
     "export_checkpoint",
     "load",
     "plan",
+    "plot_sensitivity",
     "prepare",
     "quantize_checkpoint",
     "recipes",
+    "sensitivity",
 ]

@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable
-from dataclasses import asdict, fields
-from typing import Any
+from dataclasses import MISSING, asdict, fields, replace
+from typing import Any, Literal
 from uuid import uuid4
 
 import torch
@@ -41,6 +41,7 @@ from lightning_quant.config import (
 from lightning_quant.errors import CalibrationError, ConfigError
 from lightning_quant.evaluate import ValidationData, copy_of, evaluate, validation_data
 from lightning_quant.exporters import check_writable
+from lightning_quant.fallback import Task, Tuned, within_bound
 from lightning_quant.from_checkpoint import (
     CHECKPOINT_KEY,
     check_quantized,
@@ -76,6 +77,7 @@ from lightning_quant.report import QuantReport, modified, report_of
 from lightning_quant.scale_training import ScaleTraining, train_scales
 from lightning_quant.strategies import check_strategy, is_parallel
 from lightning_quant.team import all_ranks
+from lightning_quant.tuning import Goal, described, with_skips
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +117,7 @@ def _write_state(checkpoint: dict[str, Any], state: dict[str, Any], *, averaged:
 #: What a callback has of a run. It cannot be pickled, and another process would not want it.
 _OF_A_RUN: dict[str, Any] = {
     **dict.fromkeys(("_report", "_written", "_quantized_model", "_converted", "_sample", "_captured", "_loaded")),
-    **dict.fromkeys(("_data", "_phase", "_kept", "_scales", "_steps", "_averages")),
+    **dict.fromkeys(("_data", "_phase", "_kept", "_scales", "_steps", "_averages", "_tuned")),
     "_before": {},
     "_frozen": [],
 }
@@ -216,8 +218,8 @@ class QuantizationCallback(Callback):
                 log.info("fast_dev_run: the int8 model was converted; nothing was written.")
                 return
             self._report = deliver(
-                quantized, self._captured, self._sample, data, self.config, self.method, self.export,
-                team=team, made_by=self._made_by(), progress=progress, run=self._run, **metrics,
+                quantized, self._captured, self._sample, data, self._used_config, self.method, self.export,
+                team=team, made_by=self._made_by(), progress=progress, run=self._run, amend=self._amended, **metrics,
             )  # fmt: skip
             self._written = modified(self.export.path)
         log_report(trainer, self._report)
@@ -232,6 +234,14 @@ class QuantizationCallback(Callback):
     def _arguments(self) -> dict[str, Any]:
         """Argument of its own -> (value, default)."""
         return {}
+
+    @property
+    def _used_config(self) -> QuantConfig:
+        return self.config
+
+    def _amended(self, report: QuantReport) -> QuantReport:
+        """The report with what this callback knows besides."""
+        return report
 
     def _put_int8(self, pl_module: Any) -> None:
         uncompile(pl_module)
@@ -301,9 +311,18 @@ class PostTrainingQuantization(QuantizationCallback):
         export: Which files are written, and where.
         plan_only: Write ``plan.yaml`` into the folder of ``export``, which says what would be done with each layer,
             before training or validation begins, and do nothing else: the run goes on as without this callback.
+        max_drop: Leave as few layers in float as are needed so that the metric ``monitor`` is worse than in float by no
+            more than this. Where that cannot be, the best that was found is delivered, with a warning. None: quantize
+            all that ``config`` says.
+        monitor: With ``max_drop``: the name of a metric that the module logs in validation.
+        mode: With ``max_drop``: ``max`` if more of it is better, ``min`` if less is; None: by the words in its name.
+        relative: With ``max_drop``: it is a share of the float value.
+        max_evaluations: With ``max_drop``: how many sets of layers are tried at the most.
+        max_seconds: With ``max_drop``: when no further set is tried. None: never.
 
     Raises:
-        ConfigError: The config cannot do the method, or a format that was named cannot be written.
+        ConfigError: The config cannot do the method, a format that was named cannot be written, or settings of the
+            bound contradict each other.
         MissingExtraError: A format that was named needs a package that is not installed.
 
     >>> PostTrainingQuantization(QuantConfig(skip=("*.head",)), calibration_batches=8).method
@@ -318,6 +337,12 @@ class PostTrainingQuantization(QuantizationCallback):
         calibration_batches: int | None = None,
         export: ExportConfig = ExportConfig(),
         plan_only: bool = False,
+        max_drop: float | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] | None = None,
+        relative: bool = False,
+        max_evaluations: int = 20,
+        max_seconds: float | None = None,
     ) -> None:
         if method not in ("static", "dynamic"):
             raise ConfigError(
@@ -329,10 +354,47 @@ class PostTrainingQuantization(QuantizationCallback):
             raise ConfigError(f"calibration_batches={calibration_batches!r}: give 1 or more, or None for all.")
         super().__init__(config, method, export, plan_only)
         self.calibration_batches = calibration_batches
+        if max_drop is None and (monitor, mode, relative, max_seconds) != (None, None, False, None):
+            raise ConfigError(
+                "PostTrainingQuantization(monitor=..., mode=..., relative=..., max_seconds=...) are settings of the "
+                "search for layers to leave in float. Give max_drop=... as well, or leave them out."
+            )
+        if max_drop is not None and config.backend == "torchscript":
+            raise ConfigError(
+                "PostTrainingQuantization(max_drop=...) with backend='torchscript': its graphs have no float form in "
+                "which single layers could be quantized. Use backend='fx', 'eager' or 'pt2e'."
+            )
+        self.goal = None if max_drop is None else Goal(
+            monitor=monitor or "", max_drop=max_drop, mode=mode, relative=relative, max_evaluations=max_evaluations,
+            max_seconds=max_seconds,
+        )  # fmt: skip
         self._data: ValidationData | None = None
+        self._tuned: Tuned | None = None
+
+    @property
+    def tuned_config(self) -> QuantConfig | None:
+        """The config that gives the last run's result without its search; None: there was none."""
+        report = self.report
+        return None if report is None or report.search is None else with_skips(self.config, report.search["left_float"])
+
+    @property
+    def _used_config(self) -> QuantConfig:
+        return self.config if self._tuned is None else self._tuned.outcome.config(self.config)
+
+    def _amended(self, report: QuantReport) -> QuantReport:
+        if self._tuned is None:
+            return report
+        record, text = described(self._tuned.outcome, report.metrics_int8)
+        if not record["is_met"]:
+            log.warning("%s", text)
+        return replace(report, search=record, notes=[*report.notes, text])
 
     def _arguments(self) -> dict[str, Any]:
-        return {"method": (self.method, "static"), "calibration_batches": (self.calibration_batches, None)}
+        own = {"method": (self.method, "static"), "calibration_batches": (self.calibration_batches, None)}
+        if self.goal is None:
+            return own
+        unset = {part.name: None if part.default is MISSING else part.default for part in fields(Goal)}
+        return {**own, **{name: (getattr(self.goal, name), default) for name, default in unset.items()}}
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Find out before any work is done what would fail after it."""
@@ -376,9 +438,25 @@ class PostTrainingQuantization(QuantizationCallback):
         assert self._captured is not None
         all_ranks().give(state_of(pl_module))
         self._data = validation_data(trainer)
+        self._tuned = None
         with isolated_rng():
             graphs, metrics = self._calibrated(trainer, pl_module, self._captured, self._data)
+            if self.goal is not None and not trainer.fast_dev_run:
+                graphs, metrics = self._within_bound(pl_module, graphs, metrics, self.goal)
         self._finish(trainer, pl_module, graphs, self._data, metrics_float=metrics)
+
+    def _within_bound(
+        self, pl_module: Any, graphs: Graphs, metrics: dict[str, float] | None, goal: Goal
+    ) -> tuple[Graphs, dict[str, float]]:
+        assert self._sample is not None
+        assert self._captured is not None
+        if self._data is None:
+            raise ConfigError(f"max_drop={goal.max_drop}: there is no validation data to evaluate {goal.monitor!r} on.")
+        task = Task(pl_module, self._sample, self._data, self.config, self.method, self.calibration_batches)
+        found = metrics if metrics is not None else evaluate(copy_of(pl_module), self._data)
+        self._tuned = within_bound(task, self._captured, graphs, goal, found, self.export.path)
+        self._captured = self._tuned.captured
+        return self._tuned.graphs, found
 
     def _captured_by_each(self, trainer: Any, pl_module: Any) -> None:
         all_ranks().by_each(lambda: self._capture(trainer, pl_module) and None)
@@ -386,7 +464,7 @@ class PostTrainingQuantization(QuantizationCallback):
     def _calibrated(
         self, trainer: Any, pl_module: Any, captured: Capture, data: ValidationData | None
     ) -> tuple[Graphs, dict[str, float] | None]:
-        graphs = prepare_graphs(copy_of(pl_module), captured, self.config, self.method)
+        graphs = prepare_graphs(copy_of(pl_module), captured, self._used_config, self.method)
         if self.method == "dynamic":
             return graphs, None
         if data is None:

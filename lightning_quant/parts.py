@@ -53,7 +53,7 @@ def convert_module(module: Any, graphs: Graphs) -> Quantized:
     Raises:
         CalibrationError: An observer saw no data.
     """
-    converted = {name: convert_graph(graph, _empty(graph)) for name, graph in graphs.items()}
+    converted = {name: convert_graph(graph, empty_places(graph)) for name, graph in graphs.items()}
     float_module = copy_of(module)
     int8 = copy_of(module)
     for name in inner_first(converted):
@@ -68,8 +68,8 @@ def convert_module(module: Any, graphs: Graphs) -> Quantized:
     return Quantized(int8.eval(), converted, graphs, float_module)
 
 
-def _empty(graph: nn.Module) -> dict[str, nn.Module]:
-    """Nothing in the places of what the graph keeps: it is put there afterwards."""
+def empty_places(graph: nn.Module) -> dict[str, nn.Module]:
+    """Nothing in the places of what a prepared graph keeps: it is put there afterwards."""
     return {name: _Vacant() for name in info(graph).kept}
 
 
@@ -130,7 +130,7 @@ def outermost(graphs: Iterable[str]) -> tuple[str, ...]:
 def _in_qdq(quantized: Quantized) -> tuple[Any, Graphs]:
     """A copy of the module with its targets in the neutral form, and those graphs."""
     module = copy_of(quantized.float_module)
-    graphs: Graphs = {name: qdq(graph, _empty(graph)) for name, graph in quantized.prepared.items()}
+    graphs: Graphs = {name: qdq(graph, empty_places(graph)) for name, graph in quantized.prepared.items()}
     assemble(module, graphs, {name: info(graph) for name, graph in quantized.prepared.items()})
     return module, graphs
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,7 @@ def deliver(
     made_by: dict[str, Any] | None = None,
     progress: Progress = SILENT,
     run: str = "",
+    amend: Callable[[QuantReport], QuantReport] = lambda report: report,
 ) -> QuantReport:
     """Evaluate the int8 model, write and verify its files, time them, and write the report.
 
@@ -159,6 +161,7 @@ def deliver(
         made_by: The callback, from :func:`lightning_quant.provenance.made_by`; None: none did.
         progress: Where lines show the steps.
         run: Who asks for it, for the report.
+        amend: What is to be added to the report before it is written.
 
     Raises:
         ExportError: A file could not be written or computes something else. No file of this run is left.
@@ -201,6 +204,7 @@ def deliver(
             made_by=made_by or {},
             run=run,
         )
+        found = amend(found)
         found.write(export.path)
         if can_write_html():
             write_html(found, export.path / "report.html")

@@ -78,6 +78,7 @@ class QuantReport:
         checksums: Name of a file -> its SHA-256, in hexadecimal digits.
         made_by: The callback, as ``class_path`` and the ``init_args`` that differ from their defaults; empty: none did.
         versions: Package -> its version.
+        search: Of layers to leave in float: the bound, whether it is met, and the layers; None: there was none.
         run: The callback that made it, so that it is known again where its processes are gone; empty: none did.
     """
 
@@ -109,6 +110,7 @@ class QuantReport:
     checksums: dict[str, str] = field(default_factory=dict)
     made_by: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    search: dict[str, Any] | None = None
     run: str = field(default="", compare=False)
 
     @property

@@ -267,6 +267,37 @@ def ptq_in_validate(folder: Path) -> dict[str, Any]:
     return outcome(callback, model) | {"validated": validated}
 
 
+def with_outlier() -> Network:
+    """Trained a little; a channel between its last two layers is 10,000 times as large as the others."""
+    model = Network()
+    torch.manual_seed(1)
+    net = nn.Sequential(*convnet()[:-1], nn.Linear(128, 32), nn.ReLU(), nn.Linear(32, 10))
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    images, labels = (torch.stack([torch.as_tensor(row[i]) for row in Uneven(0, TRAIN)]) for i in (0, 1))
+    for _ in range(40):
+        optimizer.zero_grad()
+        F.cross_entropy(net(images), labels).backward()
+        optimizer.step()
+    first, last = net[-3], net[-1]
+    with torch.no_grad():
+        first.bias[0] += 1
+        first.weight[0], first.bias[0] = 1e4 * first.weight[0], 1e4 * first.bias[0]
+        last.weight[:, 0] /= 1e4
+    model.net = net
+    return model
+
+
+def searched(folder: Path) -> PostTrainingQuantization:
+    return PostTrainingQuantization(export=export(folder), max_drop=0.05, monitor="val_acc")
+
+
+def within_bound(folder: Path) -> dict[str, Any]:
+    model = with_outlier()
+    callback = searched(folder / "within_bound")
+    parallel(callback).validate(model, val_loader(), verbose=False)
+    return outcome(callback, model) | {"skip": callback.tuned_config.skip, "targets": callback.report.targets}
+
+
 def error_of(run: Callable[[], Any]) -> str:
     try:
         run()
@@ -318,7 +349,19 @@ def ddp_fork(folder: Path) -> dict[str, Any]:
     return _in_other_processes(folder, "ddp_fork")
 
 
-SCENARIOS = (qat, learned, accumulated, averaged, resumed, fit_then_ptq, ptq_in_validate, failures, ddp_spawn, ddp_fork)
+SCENARIOS = (
+    qat,
+    learned,
+    accumulated,
+    averaged,
+    resumed,
+    fit_then_ptq,
+    ptq_in_validate,
+    within_bound,
+    failures,
+    ddp_spawn,
+    ddp_fork,
+)
 
 
 def main(names: list[str], folder: Path) -> None:

@@ -53,7 +53,7 @@ LAYERS = (
     ("report_plots",),
     ("report_page", "logging_to"),
     ("pipeline",),
-    ("from_checkpoint",),
+    ("from_checkpoint", "fallback"),
     ("planning", "post_training"),
     ("callbacks",),
     ("demo",),
@@ -65,7 +65,7 @@ RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 
 KNOW_LIGHTNING = (
     "progress", "evaluate", "inputs", "averaging", "pruning", "tuning", "parts", "logging_to", "pipeline",
-    "from_checkpoint", "planning", "post_training", "callbacks", "demo", "lightning_cli", "cli",
+    "from_checkpoint", "fallback", "planning", "post_training", "callbacks", "demo", "lightning_cli", "cli",
 )  # fmt: skip
 LIGHTNING = ("pytorch_lightning", "lightning", "lightning_fabric")
 # torch.quantization is the old name of torch.ao.quantization

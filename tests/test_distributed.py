@@ -16,7 +16,18 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_runs import LEARNED, RANKS, TRAIN, VAL, Network, batches_of, export, val_loader
+from distributed_runs import (
+    LEARNED,
+    RANKS,
+    TRAIN,
+    VAL,
+    Network,
+    batches_of,
+    export,
+    searched,
+    val_loader,
+    with_outlier,
+)
 from modules import Classifier, Digits, ForwardUnused, as_test, convnet, different, merged, ptq, qat, trainer, weights
 from processes import run
 from roots import part
@@ -75,7 +86,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks_found(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    return started(folder, "qat,learned,accumulated,averaged,resumed,fit_then_ptq,ptq_in_validate,failures", RANKS)
+    return started(
+        folder, "qat,learned,accumulated,averaged,resumed,fit_then_ptq,ptq_in_validate,within_bound,failures", RANKS
+    )
 
 
 def trained(found: dict[str, Any]) -> Network:
@@ -237,6 +250,20 @@ def test_calibration_of_all_shards_is_that_of_one_process(scenario: str, ranks_f
     shard = [[images[::2], labels[::2]] for images, labels in one_shard]
     trainer(half).validate(trained(found), torch.utils.data.DataLoader(shard, batch_size=None), verbose=False)
     assert not torch.equal(half.quantized_model(x), found["output"])
+
+
+def test_ranks_leave_the_same_layers_in_float(ranks_found: Any, tmp_path: Path) -> None:
+    first, second = ranks_found["within_bound"]
+    assert first["report"]["search"]["is_met"] is True
+    assert first["skip"] == second["skip"] == ("net.6", "net.8")
+    assert first["report"] == second["report"]
+    assert torch.equal(first["output"], second["output"])
+    callback = searched(tmp_path / "one")
+    trainer(callback).validate(with_outlier(), val_loader(), verbose=False)
+    assert callback.tuned_config is not None
+    assert callback.tuned_config.skip == first["skip"]
+    x = torch.cat(batches_of(1, TRAIN, TRAIN + VAL))
+    assert torch.equal(callback.quantized_model(x), first["output"])
 
 
 # ---- errors

@@ -244,8 +244,8 @@ def test_ptq_plan_and_report(checkpoint: Path, capsys: pytest.CaptureFixture[str
         assert status == 0
         assert output.endswith(again)  # before it, there was a progress bar
         assert "SQNR of the output" in again
-    assert run("report", "quantized", "--html=again.html", capsys=capsys)[0] == 0
-    assert Path("again.html").read_text("utf8") == Path("quantized", "report.html").read_text("utf8")
+    assert run("report", "out", "--html=again.html", capsys=capsys)[0] == 0
+    assert Path("again.html").read_text("utf8") == Path("out", "report.html").read_text("utf8")
 
 
 def test_ptq_with_a_recipe_and_changes_of_it(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

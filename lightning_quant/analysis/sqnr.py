@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +14,48 @@ from torchmetrics.functional.audio import signal_noise_ratio
 def float_tensors(output: Any) -> list[torch.Tensor]:
     """The floating-point tensors of an output (a tensor, or containers of them), in order."""
     return [x for x in tree_flatten(output)[0] if isinstance(x, torch.Tensor) and x.is_floating_point()]
+
+
+@dataclass
+class Power:
+    """Signal and noise of many outputs, summed up: :attr:`sqnr_db` is that of :func:`sqnr_db` over all of them.
+
+    Attributes:
+        signal: Sum of the squares of the references.
+        noise: Sum of the squares of the differences; infinite, where one has NaN or infinity that the other lacks.
+    """
+
+    signal: float = 0.0
+    noise: float = 0.0
+
+    def add(self, reference: Any, quantized: Any) -> None:
+        """Add two outputs of one structure: tensors, or containers of them. Values that are not floats do not count."""
+        for a, b in zip(float_tensors(reference), float_tensors(quantized), strict=True):
+            signal, noise = _squares(a.detach()), _squares(a.detach() - b.detach())
+            if math.isfinite(signal + noise):
+                self.signal += signal
+                self.noise += noise
+                continue
+            ref, other = a.detach().double(), b.detach().double()
+            finite = torch.isfinite(ref)
+            same = torch.where(finite, True, (ref == other) | (ref.isnan() & other.isnan()))
+            if not bool(same.all() & torch.isfinite(other[finite]).all()):
+                self.noise = math.inf
+                continue
+            self.signal += float(ref[finite].square().sum())
+            self.noise += float((ref[finite] - other[finite]).square().sum())
+
+    @property
+    def sqnr_db(self) -> float:
+        """Decibels; infinite where there is no noise."""
+        if self.noise == 0:
+            return math.inf
+        return 10 * math.log10(self.signal / self.noise) if self.signal and self.noise < math.inf else -math.inf
+
+
+def _squares(x: torch.Tensor) -> float:
+    flat = x.reshape(-1)
+    return float(torch.dot(flat, flat))
 
 
 def sqnr_db(reference: Any, quantized: Any) -> float:

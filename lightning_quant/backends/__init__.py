@@ -12,6 +12,7 @@ from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import fx as torch_fx
 from torch import nn
 
@@ -204,6 +205,13 @@ def convert_graph(prepared: nn.Module, kept: dict[str, nn.Module] | None = None)
 def reference_graph(prepared: nn.Module, kept: dict[str, nn.Module] | None = None) -> torch_fx.GraphModule:
     """As :func:`convert_graph`, with explicit quantize and dequantize operators around float arithmetic."""
     return backend_of(info(prepared).config).reference(prepared, kept)
+
+
+def graph_with_float_weights(
+    prepared: nn.Module, kept: dict[str, nn.Module] | None = None
+) -> tuple[torch_fx.GraphModule, dict[str, torch.Tensor]]:
+    """As :func:`reference_graph`, with the float weights still there: in the graph, or beside it by layer."""
+    return backend_of(info(prepared).config).with_float_weights(prepared, kept)
 
 
 def reference(prepared: nn.Module, config: QuantConfig | None = None) -> nn.Module:

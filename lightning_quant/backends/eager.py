@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from torch import fx, nn
 
 from lightning_quant._torch_ao import FusedModule, attach_node_meta
@@ -29,7 +30,7 @@ from lightning_quant.backends.eager_operators import FIXED, is_able, record_valu
 from lightning_quant.backends.eager_reference import neutral
 from lightning_quant.backends.eager_stubs import insert_stubs, make_modules
 from lightning_quant.backends.eager_swapping import QConfigs, int8_modules, observe, swap, trainable_modules
-from lightning_quant.backends.finishing import finished, observe_weights
+from lightning_quant.backends.finishing import finished, float_weights, observe_weights
 from lightning_quant.backends.graph import Feasible, Prepared, engine, info, with_info, working
 from lightning_quant.backends.hiding import move_relus
 from lightning_quant.config import Method, QuantConfig, resolve
@@ -232,3 +233,20 @@ def reference(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None
         graph_module = neutral(twin, recurrent)
         embeddings.store(graph_module)
     return with_info(graph_module.eval(), known)
+
+
+def with_float_weights(
+    prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None
+) -> tuple[fx.GraphModule, dict[str, torch.Tensor]]:
+    """The reference graph, and the float weights of its layers; of ``dynamic``, the int8 graph.
+
+    Args:
+        prepared: From :func:`prepare`. Unchanged.
+        kept: What stands in the places of the modules that it keeps. Default: copies of them.
+
+    Raises:
+        CalibrationError: An observer saw no data.
+    """
+    if info(prepared).method == "dynamic":
+        return convert(prepared, kept), {}
+    return reference(prepared, kept), float_weights(prepared)

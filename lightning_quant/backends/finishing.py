@@ -31,6 +31,29 @@ def observe_weights(prepared: fx.GraphModule) -> None:
                     module(value_of(prepared, fed_by))
 
 
+def folded_weight(module: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weight of a layer with its batch norm folded in, and the factor of each channel; None: it has none."""
+    weight: torch.Tensor = module.weight
+    if not isinstance(module, qat_modules.WITH_BATCH_NORM):
+        return weight, None
+    norm: Any = module.bn
+    factor: torch.Tensor = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    return weight * factor.reshape([-1] + [1] * (weight.dim() - 1)), factor
+
+
+def float_weights(prepared: nn.Module) -> dict[str, torch.Tensor]:
+    """Name of each layer of a prepared graph -> the weight that becomes int8, in float."""
+    found: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        for name, module in prepared.named_modules():
+            layer: Any = module
+            if not isinstance(getattr(layer, "weight", None), torch.Tensor) and isinstance(module, nn.Sequential):
+                layer = next(iter(module), None)  # of what is fused, the first one has the weight
+            if isinstance(getattr(layer, "weight", None), torch.Tensor):
+                found[name] = folded_weight(layer)[0].detach()
+    return found
+
+
 def finished(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None) -> fx.GraphModule:
     """A copy in eval mode on the CPU, with the weights' ranges those of the weights as they are."""
     check_seen(prepared)
@@ -46,11 +69,8 @@ def finished(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None) -> fx.
             fake_quantize = getattr(module, "weight_fake_quant", None)
             if not isinstance(fake_quantize, FakeQuantizeBase):
                 continue
-            weight = module.weight
-            if isinstance(module, qat_modules.WITH_BATCH_NORM):
-                norm: Any = module.bn
-                factor = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-                weight = weight * factor.reshape([-1] + [1] * (weight.dim() - 1))
+            weight, factor = folded_weight(module)
+            if factor is not None:
                 learned_scale.fold(fake_quantize, factor)
             fake_quantize.enable_observer()
             fake_quantize(weight)

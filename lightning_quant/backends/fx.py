@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx, nn
 
 from lightning_quant._torch_ao import (
@@ -198,3 +199,19 @@ def reference(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None
         embeddings.store(converted)
     islands.drop_marks(converted)
     return with_info(converted.eval(), known)
+
+
+def with_float_weights(
+    prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None
+) -> tuple[fx.GraphModule, dict[str, torch.Tensor]]:
+    """The reference graph, whose layers have their weights in float; of ``dynamic``, the int8 graph.
+
+    Args:
+        prepared: From :func:`prepare`. Unchanged.
+        kept: What stands in the places of the modules that it keeps. Default: copies of them.
+
+    Raises:
+        CalibrationError: An observer saw no data.
+    """
+    made = convert(prepared, kept) if info(prepared).method == "dynamic" else reference(prepared, kept)
+    return made, {}

@@ -89,6 +89,14 @@ class Backend(Protocol):
     def reference(self, prepared: nn.Module, kept: dict[str, nn.Module] | None = None) -> fx.GraphModule:
         """The same as float arithmetic between quantize and dequantize operators."""
 
+    def with_float_weights(
+        self, prepared: nn.Module, kept: dict[str, nn.Module] | None = None
+    ) -> tuple[fx.GraphModule, dict[str, torch.Tensor]]:
+        """The same with the float weights: in the graph before they are rounded, or by the name of their layer.
+
+        Of a graph that takes ranges at run time: the int8 graph, where there is no neutral form.
+        """
+
 
 def info(graph_module: nn.Module) -> Prepared:
     """What the backend noted about this graph.

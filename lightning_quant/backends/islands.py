@@ -62,6 +62,11 @@ def asks_for_size(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     return node.op != "output" and _in(kind_of(graph_module, node), _NEUTRAL)
 
 
+def moves(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether ``node`` gives the values that it takes."""
+    return _in(kind_of(graph_module, node), _VIEWS)
+
+
 def is_weighted(kind: Any) -> bool:
     """Whether ``kind`` is a linear or (transposed) convolution layer, fused or not, or the function of one."""
     if kind in _WEIGHTED_FUNCTIONS:

@@ -153,6 +153,13 @@ def _converted(prepared: fx.GraphModule, *, fold: bool) -> fx.GraphModule:
 reference = convert
 
 
+def with_float_weights(
+    prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None
+) -> tuple[fx.GraphModule, dict[str, torch.Tensor]]:
+    """As :func:`convert`, with float weights in the graph, which it rounds in each call."""
+    return unfolded(prepared), {}
+
+
 def _drop_dropout(graph_module: fx.GraphModule) -> None:
     for node in list(graph_module.graph.nodes):
         if node.op == "call_module" and isinstance(graph_module.get_submodule(str(node.target)), nn.Dropout):

@@ -69,6 +69,16 @@ def kind_of(node: fx.Node) -> str:
     return ""
 
 
+def moves(node: fx.Node) -> bool:
+    """Whether ``node`` gives the values that it takes."""
+    return kind_of(node) in VIEWS
+
+
+def asks_for_size(node: fx.Node) -> bool:
+    """Whether ``node`` reads what a tensor is, and none of its values."""
+    return kind_of(node) in _NEUTRAL
+
+
 def _pads_with_zero(node: fx.Node, name: str) -> bool:
     """Whether padding stays in the range of what is padded: it repeats values of it, or is 0."""
     rest = [*node.args[2:], *node.kwargs.values()]

@@ -287,3 +287,17 @@ def reference(prepared: nn.Module, kept: dict[str, nn.Module] | None = None) -> 
         "backend='torchscript' writes TorchScript files only: its graphs have no form that other formats are made "
         "from. Use backend='fx' or 'eager' for ONNX."
     )
+
+
+def with_float_weights(
+    prepared: nn.Module, kept: dict[str, nn.Module] | None = None
+) -> tuple[fx.GraphModule, dict[str, torch.Tensor]]:
+    """There is none.
+
+    Raises:
+        ExportError: Always.
+    """
+    raise ExportError(
+        "backend='torchscript': its graphs have no float form in which single layers could be quantized. Use "
+        "backend='fx', 'eager' or 'pt2e' to see what each layer costs."
+    )
