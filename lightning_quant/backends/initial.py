@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lightning_quant.backends.graph import is_graph
-from lightning_quant.backends.state import buffers_of, changed, places, state_of
+from lightning_quant.backends.state import changed, places, state_of, tensors_of
 from lightning_quant.errors import CaptureError
 
 _STATE = "lightning_quant state"
@@ -55,11 +55,13 @@ class Watched:
         """Call ``twin``."""
         parts = {n: m for n, m in twin.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
         before = {name: state_of(module) for name, module in parts.items()}
-        buffers = buffers_of(twin)
+        tensors = tensors_of(twin)
         twin(*args, **kwargs)
-        self.buffers = buffers.written()
+        self.buffers = tensors.written()
+        written = tensors.written_attributes()
         for name, module in parts.items():
             own = [key for key in changed(module, before[name]) if key not in module._buffers]
+            own += [key for key in module.__dict__ if (f"{name}.{key}" if name else key) in written]
             if own:
                 self.attributes[name] = own
 

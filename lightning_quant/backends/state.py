@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten
 
 from lightning_quant.arguments import Call, Captured, Positional
 from lightning_quant.capture import watch
@@ -76,89 +77,125 @@ def without_changes(root: nn.Module, run: Callable[[], Any]) -> Any:
         CaptureError: A module changed itself by it. What it changed is put back.
     """
     before = {name: (m, state_of(m)) for name, m in root.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
-    buffers = buffers_of(root)
+    tensors = tensors_of(root)
     try:
         return run()
     finally:
-        written = buffers.written()
+        written = [*tensors.written(), *tensors.written_attributes()]
         changes = {name: names for name, (part, state) in before.items() if (names := put_back(part, state))}
-        buffers.put_back()
+        tensors.put_back()
         for name, names in changes.items():
             raise CaptureError(f"{name + ': ' if name else ''}{carries(names)}")
         if written:
             raise CaptureError(carries(written))
 
 
-# ---- buffers, which a forward may also write into
+# ---- tensors, which a forward may also write into
 
 
-def places(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, str]]:
-    """Each buffer's name, the module that has it, and its key there; those that are None, too.
+def _modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Each module once, with the start of its buffers' names in the user's model.
 
-    Names are those of the user's model: what this package put around its modules is no part of them.
+    What this package put around modules of it is no part of the names.
     """
     seen: set[int] = set()
 
-    def visit(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, str]]:
+    def visit(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
         if id(module) in seen:
             return
         seen.add(id(module))
         if isinstance(module, (Captured, Positional)):
             yield from visit(module.graph if isinstance(module, Captured) else module.module, prefix)
             return
-        for key in list(module._buffers.keys()):
-            yield prefix + key, module, key
+        yield prefix, module
         for name, child in list(module._modules.items()):
             if child is not None:
                 yield from visit(child, f"{prefix}{name}.")
 
-    return visit(root, prefix)
+    return visit(root, "")
+
+
+def places(root: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Each buffer's name in the user's model, the module that has it, and its key there; those that are None, too."""
+    for prefix, module in _modules(root):
+        for key in list(module._buffers.keys()):
+            yield prefix + key, module, key
 
 
 @dataclass(frozen=True)
 class _Kept:
-    owner: nn.Module
-    key: str
     tensor: torch.Tensor | None
     version: int
     value: torch.Tensor | None
 
+    @classmethod
+    def of(cls, tensor: torch.Tensor | None) -> _Kept:
+        return cls(tensor, _version(tensor), None if tensor is None else tensor.detach().clone())
 
-@dataclass(frozen=True)
-class Buffers:
-    """The buffers of a module as they were at one time, by the names of :func:`places`."""
-
-    root: nn.Module
-    kept: dict[str, _Kept]
-
-    def written(self) -> list[str]:
-        """Those that were assigned, or written into, since then: also with the values that they had."""
-        found = [name for name, kept in self.kept.items() if _is_written(kept)]
-        return sorted(found + [name for name, _, _ in places(self.root) if name not in self.kept])
+    def is_written(self) -> bool:
+        """Whether the tensor itself was written into, also with the values that it had."""
+        if self.tensor is None or self.value is None:
+            return False
+        return _version(self.tensor) != self.version or not same(self.tensor, self.value)  # by way of .data
 
     def put_back(self) -> None:
-        """Let all of them have the values of then, and be the same objects."""
-        for kept in self.kept.values():
-            if not _is_written(kept):
-                continue
-            if _held(kept.owner, kept.key) is not kept.tensor:
-                setattr(kept.owner, kept.key, kept.tensor)
-            if kept.tensor is not None and kept.value is not None:
-                with torch.no_grad():
-                    kept.tensor.copy_(kept.value)
+        if self.tensor is not None and self.value is not None and self.is_written():
+            with torch.no_grad():
+                self.tensor.copy_(self.value)
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The buffers of a module as they were at one time, and the tensors in its other attributes.
+
+    Attributes:
+        root: The module.
+        buffers: By the names of :func:`places`.
+        attributes: Name -> the tensors in what is no buffer.
+    """
+
+    root: nn.Module
+    buffers: dict[str, tuple[nn.Module, str, _Kept]]
+    attributes: dict[str, list[_Kept]]
+
+    def written(self) -> list[str]:
+        """The buffers that were assigned, or written into, since then: also with the values that they had."""
+        found = [
+            name
+            for name, (owner, key, kept) in self.buffers.items()
+            if _held(owner, key) is not kept.tensor or kept.is_written()
+        ]
+        return sorted(found + [name for name, _, _ in places(self.root) if name not in self.buffers])
+
+    def written_attributes(self) -> list[str]:
+        """What else was written into. What was assigned, :func:`changed` knows."""
+        return [name for name, tensors in self.attributes.items() if any(kept.is_written() for kept in tensors)]
+
+    def put_back(self) -> None:
+        """Let all buffers be the same objects as then, and all tensors have the values of then."""
+        for owner, key, kept in self.buffers.values():
+            if _held(owner, key) is not kept.tensor:
+                setattr(owner, key, kept.tensor)
+            kept.put_back()
         for name, owner, key in list(places(self.root)):
-            if name not in self.kept:
+            if name not in self.buffers:
                 del owner._buffers[key]
+        for tensors in self.attributes.values():
+            for kept in tensors:
+                kept.put_back()
 
 
-def buffers_of(root: nn.Module) -> Buffers:
-    """The buffers of ``root`` as they are now."""
-    kept = {}
-    for name, owner, key in places(root):
-        tensor = owner._buffers[key]
-        value = None if tensor is None else tensor.detach().clone()
-        kept[name] = _Kept(owner, key, tensor, _version(tensor), value)
-    return Buffers(root, kept)
+def tensors_of(root: nn.Module) -> Tensors:
+    """The buffers of ``root``, and the tensors in its attributes, as they are now."""
+    buffers = {name: (owner, key, _Kept.of(owner._buffers[key])) for name, owner, key in places(root)}
+    attributes: dict[str, list[_Kept]] = {}
+    for prefix, module in _modules(root):
+        for key, value in module.__dict__.items():
+            if not key.startswith("_") and isinstance(value, (torch.Tensor, list, tuple, dict)):
+                tensors = [x for x in tree_flatten(value)[0] if isinstance(x, torch.Tensor)]
+                if tensors:
+                    attributes[prefix + key] = [_Kept.of(tensor) for tensor in tensors]
+    return Tensors(root, buffers, attributes)
 
 
 def _held(owner: nn.Module, key: str) -> torch.Tensor | None:
@@ -167,13 +204,6 @@ def _held(owner: nn.Module, key: str) -> torch.Tensor | None:
 
 def _version(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None or tensor.is_inference() else tensor._version
-
-
-def _is_written(kept: _Kept) -> bool:
-    now = _held(kept.owner, kept.key)
-    if now is not kept.tensor or _version(now) != kept.version:
-        return True
-    return now is not None and kept.value is not None and not same(now, kept.value)  # by way of .data
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -189,17 +219,17 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 def unchanged(root: nn.Module) -> Iterator[None]:
     """Put back, at the end, the buffers and attributes that ``root`` has changed by its calls."""
     before = {m: state_of(m) for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)}
-    buffers = buffers_of(root)
+    tensors = tensors_of(root)
     try:
         yield
     finally:
         for part, state in before.items():
             put_back(part, state)
-        buffers.put_back()
+        tensors.put_back()
 
 
 def writers(root: nn.Module, call: Call) -> dict[str, list[str]]:
-    """The submodules whose own forward, and not that of one inside of them, writes buffers -> which ones.
+    """The submodules whose own forward, and not that of one inside of them, writes buffers, or into other tensors -> their names.
 
     Args:
         root: Not changed: a copy runs.
@@ -208,13 +238,13 @@ def writers(root: nn.Module, call: Call) -> dict[str, list[str]]:
     twin = copy.deepcopy(root)
     running: list[str] = []
     found: dict[str, list[str]] = {}
-    last = buffers_of(twin)
+    last = tensors_of(twin)
 
     def note() -> None:
         nonlocal last
-        if running and (names := last.written()):
+        if running and (names := [*last.written(), *last.written_attributes()]):
             found.setdefault(running[-1], []).extend(n for n in names if n not in found.get(running[-1], []))
-            last = buffers_of(twin)
+            last = tensors_of(twin)
 
     def enter(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         note()

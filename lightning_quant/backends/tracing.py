@@ -26,7 +26,7 @@ from lightning_quant._torch_ao import QuantizationTracer
 from lightning_quant.arguments import Call, Interface, signature_of
 from lightning_quant.backends.recurrent import expose_recurrent
 from lightning_quant.backends.rewriting import Opaque, rewrite
-from lightning_quant.backends.state import buffers_of, carries, put_back, state_of, writers
+from lightning_quant.backends.state import tensors_of, carries, put_back, state_of, writers
 from lightning_quant.backends.written_out import expose_batch_norms, is_written_out, written_out
 from lightning_quant.errors import CaptureError, first_line, where
 from lightning_quant.modes import without_fast_path
@@ -331,25 +331,25 @@ class _Runner(fx.Interpreter):
 
 
 def _answer(root: nn.Module, call: Call) -> tuple[Any, list[str]]:
-    """What ``root`` gives for ``call``, and which of its buffers it writes. It is left as it is."""
+    """What ``root`` gives for ``call``, and which of its tensors it writes. It is left as it is."""
     parts = [part for part in root.modules() if not isinstance(part, torch.jit.ScriptModule)]
     with without_fast_path(), torch.no_grad(), torch.random.fork_rng(devices=[]):  # its padded positions are zero
         torch.manual_seed(torch.initial_seed())
         twin = copy.deepcopy(call)
         before = {part: state_of(part) for part in parts}
-        buffers = buffers_of(root)
+        tensors = tensors_of(root)
         try:
             expected = root(*twin.args, **twin.keywords)
         finally:
-            written = buffers.written()
+            written = [*tensors.written(), *tensors.written_attributes()]
             for part, state in before.items():
                 put_back(part, state)
-            buffers.put_back()
+            tensors.put_back()
     return expected, written
 
 
 def _writers_to_keep(root: nn.Module, call: Call, kept: dict[str, str]) -> dict[str, str]:
-    """The outermost submodules that write buffers, and are not in ``kept`` -> what to say of them.
+    """The outermost submodules that write such tensors, and are not in ``kept`` -> what to say of them.
 
     Raises:
         CaptureError: The forward of ``root`` itself writes one.
@@ -373,7 +373,7 @@ def _checked(traced: Traced, root: nn.Module, call: Call, expected: Any) -> Trac
     with without_fast_path(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch.initial_seed())
         before = {part: state_of(part) for part in root.modules() if not isinstance(part, torch.jit.ScriptModule)}
-        buffers = buffers_of(root)
+        tensors = tensors_of(root)
         data = copy.deepcopy(traced.interface.flatten(call.args, call.keywords))
         try:
             found = runner.run(*data)
@@ -384,7 +384,7 @@ def _checked(traced: Traced, root: nn.Module, call: Call, expected: Any) -> Trac
         finally:
             for part, state in before.items():
                 put_back(part, state)
-            buffers.put_back()
+            tensors.put_back()
     if agree(plain(expected), plain(found)):
         loose = shape_of(found) is not None
         return replace(traced, interface=traced.interface.returning(shape_of(expected)), loose=loose)

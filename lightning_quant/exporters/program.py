@@ -17,8 +17,23 @@ from lightning_quant.errors import ExportError
 
 
 @dataclass(frozen=True)
+class State:
+    """A buffer that a program takes after its data, and whose new value it gives after its output.
+
+    Attributes:
+        name: In the user's model.
+        value: At the beginning; on the CPU.
+    """
+
+    name: str
+    value: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Program:
     """What one file computes, in the forms from which files are written. All take the data by position.
+
+    Those with ``state`` take it behind the data, and give ``(output, new state)``.
 
     Attributes:
         name: Of the target; ``""`` if the file is the model's own forward.
@@ -31,6 +46,7 @@ class Program:
         opaque: It runs Python code that no trace has seen, and may decide by the data.
         free_dims: For each input, the dimensions besides the batch whose sizes vary.
         in_float: The float model, where there is one beside the prepared graph.
+        state: What it carries from call to call.
     """
 
     name: str
@@ -43,6 +59,22 @@ class Program:
     opaque: bool = False
     free_dims: tuple[tuple[int, ...], ...] = ()
     in_float: nn.Module | None = None
+    state: tuple[State, ...] = ()
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """The data, and the state at the beginning."""
+        return (*self.data, *(state.value for state in self.state))
+
+    def of_size(self, size: int, module: nn.Module | None = None) -> tuple[Any, ...]:
+        """``inputs`` with so many samples, as far as ``module`` runs on that; see :func:`smaller`.
+
+        Args:
+            size: How many.
+            module: Which of the forms is to run. Default: ``converted``.
+        """
+        state = self.inputs[len(self.data) :]
+        return (*smaller(module or self.converted, self.data, size, state), *state)
 
 
 def check_exportable(program: Program) -> None:
@@ -53,10 +85,11 @@ def check_exportable(program: Program) -> None:
     """
     if not program.opaque:
         return
+    inputs = (*with_batch(program.data, 2), *program.inputs[len(program.data) :])
     source = program.qdq() if program.method != "dynamic" else program.converted
     try:
         with quiet(), torch.no_grad():
-            torch.export.export(source.eval(), with_batch(program.data, 2), strict=False)
+            torch.export.export(source.eval(), inputs, strict=False)
     except Exception as error:  # torch.export's own errors, and those of the code that it runs
         reason = str(error).strip().split("\n")[0]
         raise ExportError(
@@ -65,12 +98,19 @@ def check_exportable(program: Program) -> None:
         ) from error
 
 
-def smaller(module: nn.Module, data: tuple[Any, ...], size: int) -> tuple[Any, ...]:
-    """:func:`with_batch`; or ``data``, where ``module`` cannot run on that: bags and their offsets are no batch."""
+def smaller(module: nn.Module, data: tuple[Any, ...], size: int, state: tuple[Any, ...] = ()) -> tuple[Any, ...]:
+    """:func:`with_batch`; or ``data``, where ``module`` cannot run on that: bags and their offsets are no batch.
+
+    Args:
+        module: Takes the data and the state by position.
+        data: Real input.
+        size: How many samples.
+        state: What it takes behind the data, which has no batch.
+    """
     cut = with_batch(data, size)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            module(*cut)
+            module(*cut, *state)
     except Exception:  # whatever torch or the user's code raises
         return data
     return cut

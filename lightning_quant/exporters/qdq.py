@@ -186,7 +186,7 @@ class Variadic(nn.Module):
 
 
 def to_program(
-    module: nn.Module, inputs: tuple[Any, ...], free_dims: tuple[tuple[int, ...], ...]
+    module: nn.Module, inputs: tuple[Any, ...], free_dims: tuple[tuple[int, ...], ...], state: tuple[Any, ...] = ()
 ) -> torch.export.ExportedProgram:
     """``module`` as a ``torch.export`` program with a free batch dimension.
 
@@ -195,15 +195,18 @@ def to_program(
         inputs: Example data with at least two samples: the first dimension of every tensor that has as many rows as
             the first one becomes the batch.
         free_dims: For each input, other dimensions that are free; empty: none are.
+        state: What it takes behind them, of sizes that are fixed.
 
     Raises:
         ExportError: It cannot be captured with a free batch dimension.
     """
-    shapes = dynamic_shapes(inputs, torch.export.Dim("batch", min=1), free_dims)
+    shapes = (*dynamic_shapes(inputs, torch.export.Dim("batch", min=1), free_dims), *(None for _ in state))
     try:
         with quiet(), warnings.catch_warnings(), torch.no_grad():
             warnings.filterwarnings("ignore", module="torch.export")
-            program = torch.export.export(Variadic(module).eval(), inputs, dynamic_shapes=(shapes,), strict=False)
+            program = torch.export.export(
+                Variadic(module).eval(), (*inputs, *state), dynamic_shapes=(shapes,), strict=False
+            )
     except RuntimeError as error:  # torch.export's own errors, and those of the operators that it runs
         raise ExportError(
             f"torch.export cannot capture the model with a free batch dimension: {error}\nLeave the part that it names "

@@ -32,10 +32,11 @@ from lightning_quant.errors import (
 )
 from lightning_quant.exporters import aoti, onnx, openvino, pt2, skip_slow, torchscript
 from lightning_quant.exporters.layouts import LAYOUTS, int8_layers, laid_out
-from lightning_quant.exporters.program import Program, check_exportable, smaller
+from lightning_quant.exporters.program import Program, check_exportable
 from lightning_quant.exporters.qdq import to_program
 from lightning_quant.exporters.verification import first_difference, verify
-from lightning_quant.runtime import FORMAT_VERSION, files_of, load
+from lightning_quant.runtime import FORMAT_VERSION, Explicit, files_of, load
+from lightning_quant.runtime.state import described as described_state
 from lightning_quant.structures import Setting, described
 
 Exported = torch.export.ExportedProgram
@@ -183,9 +184,11 @@ class _Writer:
         self.fastest = fastest
         self.with_float = with_float
         self.facts = facts
-        self.single = smaller(program.converted, program.data, 1)
-        self.double = smaller(program.converted, program.data, 2)
-        self.output = self._run(program.converted)
+        #: One and two samples, each with the state behind them.
+        self.single = program.of_size(1)
+        self.double = program.of_size(2)
+        output = self._run(program.converted)
+        self.output = output[0] if program.state else output
         self._neutral: Exported | ExportError | None = None
 
     def neutral(self) -> Exported:
@@ -198,12 +201,16 @@ class _Writer:
             # two samples: with one, exporters take the batch for a constant
             try:
                 with engine(self.program.config.engine):
-                    self._neutral = to_program(self.program.qdq(), self.double, self.program.free_dims)
+                    self._neutral = self._exported_program()
             except ExportError as error:
                 self._neutral = error
         if isinstance(self._neutral, ExportError):
             raise self._neutral
         return self._neutral
+
+    def _exported_program(self) -> Exported:
+        count = len(self.program.data)
+        return to_program(self.program.qdq(), self.double[:count], self.program.free_dims, self.double[count:])
 
     def write(self, name: FormatName, path: Path) -> Artifact:
         """One checked file.
@@ -231,7 +238,7 @@ class _Writer:
 
     def _run(self, module: nn.Module) -> Any:
         with torch.no_grad(), engine(self.program.config.engine):
-            return module(*self.program.data)
+            return module(*self.program.inputs)
 
     def _torchscript(self, label: str, path: Path) -> Artifact:
         source = self.program.converted
@@ -241,7 +248,7 @@ class _Writer:
             torchscript.freeze(source, self.double), torchscript.freeze(in_float, self.double), self.single
         ):  # fmt: skip
             source, left_float = in_float, ("",)
-        shapes = _free_batch(self.double)
+        shapes = _free_batch(self.double[: len(self.program.data)])
         torchscript.export(source, self.double, path, self._metadata("torchscript", shapes, left_float))
         return self._checked(label, "torchscript", path, source, left_float, lambda needed: "")
 
@@ -256,9 +263,7 @@ class _Writer:
 
         def export_part(part: Exported, folder: Path) -> nn.Module:
             to = folder / path.name
-            outputs = [torch.zeros(())] * len(part.graph_signature.user_outputs)
-            own = {"outputs": _output_names(outputs), "output_spec": treespec_dumps(tree_flatten(outputs)[1])}
-            EXPORTERS[name](part, to, {**self._metadata(name, _shapes(part), left_float), **own})
+            EXPORTERS[name](part, to, _of_part(self._metadata(name, _shapes(part), left_float), part))
             return _reload(label, to)
 
         if self.fastest and name in skip_slow.FORMATS:
@@ -291,7 +296,7 @@ class _Writer:
         program = self.program
         try:
             figure = verify(
-                label, _reload(label, path), source, [program.data, self.single],
+                label, _reload(label, path), source, self._calls(source),
                 in_float=program.in_float, converted=program.converted, differs_at=differs_at,
             )  # fmt: skip
         except ExportError as error:
@@ -299,11 +304,19 @@ class _Writer:
         size = sum(file.stat().st_size for file in files_of(path))
         return Artifact(name, program.name, path, size, figure, left_float)
 
+    def _calls(self, source: nn.Module) -> list[tuple[Any, ...]]:
+        """What a file is compared on. One that ignores its state may be right in the first call alone."""
+        calls = [self.program.inputs, self.single]
+        if self.program.state:
+            _, state = self._run(source)
+            calls.append((*self.program.data, *state))
+        return calls
+
     def _metadata(self, name: str, shapes: list[list[int | None]], left_float: tuple[str, ...]) -> dict[str, Any]:
         program = self.program
         tensors = [x for x in tree_flatten(program.data)[0] if isinstance(x, torch.Tensor)]
         leaves, spec = tree_flatten(self.output)
-        return {
+        metadata = {
             "format_version": FORMAT_VERSION,
             "torch": torch.__version__,
             "lightning_quant": _version(),
@@ -318,7 +331,7 @@ class _Writer:
                 if not isinstance(part, Setting)
             },
             "tensors": _flat_names(list(program.interface.inputs), program.data),
-            "shapes": shapes,
+            "shapes": shapes[: len(tensors)],
             "input_shapes": [list(x.shape) for x in tensors],
             "input_dtypes": [str(x.dtype) for x in tensors],
             "outputs": _output_names(self.output),
@@ -328,15 +341,48 @@ class _Writer:
             "metrics": self.facts.metrics,
             "class_labels": None if self.facts.class_labels is None else list(self.facts.class_labels),
         }
+        return metadata | ({"state": _state(program, metadata)} if program.state else {})
 
 
 class _WrongFile(ExportError):
     """A file was written, and computes something else."""
 
 
+def _state(program: Program, metadata: dict[str, Any]) -> list[dict[str, Any]]:
+    """The state with the names that it has in the file, which are no others of it."""
+    used, entries = {*metadata["tensors"], *metadata["outputs"]}, []
+    for state in program.state:
+        names = []
+        for name in (f"state_{state.name.replace('.', '_')}", f"next_state_{state.name.replace('.', '_')}"):
+            while name in used:
+                name += "_"
+            used.add(name)
+            names.append(name)
+        entries.append(described_state(state.name, state.value, *names))
+    return entries
+
+
+def _of_part(metadata: dict[str, Any], part: Exported) -> dict[str, Any]:
+    """The metadata of a file that gives other outputs, and takes the state as data."""
+    outputs = [torch.zeros(())] * len(part.graph_signature.user_outputs)
+    state = metadata.pop("state", [])
+    taken = [entry["input"] for entry in state]
+    return {
+        **metadata,
+        "inputs": [*metadata["inputs"], *taken],
+        "tensors": [*metadata["tensors"], *taken],
+        "shapes": [*metadata["shapes"], *(entry["shape"] for entry in state)],
+        "input_dtypes": [*metadata["input_dtypes"], *(entry["dtype"] for entry in state)],
+        "outputs": _output_names(outputs),
+        "output_spec": treespec_dumps(tree_flatten(outputs)[1]),
+    }
+
+
 def _reload(label: str, path: Path) -> nn.Module:
+    """The file; as a function of its data and its state, if it has any."""
     try:
-        return load(path)
+        loaded = load(path)
+        return Explicit(loaded) if loaded.state else loaded
     except ArtifactError as error:
         raise _WrongFile(f"{label}: the file that was just written cannot be loaded: {error}") from error
 
