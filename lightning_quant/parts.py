@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,10 +23,13 @@ from lightning_quant.exporters import (
     check_exportable,
     one_config,
     qdq,
+    with_explicit_state,
 )
 from lightning_quant.inputs import Sample, recorded_forward
 from lightning_quant.placement import ToGraph, divert, graft, plain_train
 from lightning_quant.structures import shape_of
+
+log = logging.getLogger(__name__)
 
 Graphs = dict[str, nn.Module]
 
@@ -102,23 +106,36 @@ def parts_of(quantized: Quantized, sample: Sample, captured: Capture) -> list[Pa
             return [part]
     parts: list[Part] = []
     pending = list(names)
+    reason: ExportError | None = None
     while pending:
         name = pending.pop(0)
-        part = _single(quantized, captured, name)
-        if _is_exportable(part.program):
+        try:
+            part = _single(quantized, captured, name)
+            check_exportable(part.program)
             parts.append(part)
-        else:
+        except ExportError as error:
+            reason = error
             inside = {n: g for n, g in quantized.converted.items() if n != name and n.startswith(join(name, ""))}
             pending = [*outermost(inside), *pending]
+    if reason is not None and not parts:
+        raise reason
     return parts
 
 
-def _is_exportable(program: Program) -> bool:
+def _exportable(make: Callable[[], Program], interface: Interface) -> Part | None:
+    """The part of a module's own forward; None, and the reason in the log, if no file can hold it."""
     try:
+        program = make()
         check_exportable(program)
-    except ExportError:
-        return False
-    return True
+    except ExportError as error:
+        log.info("one file for each target: %s", error)
+        return None
+    return _part(program, interface)
+
+
+def _part(program: Program, interface: Interface) -> Part:
+    assert program.in_float is not None
+    return Part(program, program.in_float, interface)
 
 
 def outermost(graphs: Iterable[str]) -> tuple[str, ...]:
@@ -151,16 +168,18 @@ def _around(quantized: Quantized, names: tuple[str, ...], call: Call) -> Part | 
             program.add_submodule(name, Captured(graphs[name], info(quantized.converted[name]).interface))
         return program.eval()
 
-    program = _program(
-        "",
-        filled(quantized.converted),
-        lambda: filled(_in_qdq(quantized)[1]),
+    return _exportable(
+        lambda: _program(
+            "",
+            filled(quantized.converted),
+            lambda: filled(_in_qdq(quantized)[1]),
+            interface,
+            call,
+            quantized,
+            in_float=around,
+        ),
         interface,
-        call,
-        quantized,
-        in_float=around,
     )
-    return Part(program, around, interface) if _is_exportable(program) else None
 
 
 def _whole(quantized: Quantized, call: Call) -> Part | None:
@@ -179,18 +198,19 @@ def _whole(quantized: Quantized, call: Call) -> Part | None:
     if not reached.keys() >= set(quantized.converted):
         return None
     interface = interface.returning(shape_of(output))
-    in_float = Positional(quantized.float_module, interface)
-    program = _program(
-        "",
-        Positional(quantized.module, interface),
-        lambda: Positional(_in_qdq(quantized)[0], interface),
+    return _exportable(
+        lambda: _program(
+            "",
+            Positional(quantized.module, interface),
+            lambda: Positional(_in_qdq(quantized)[0], interface),
+            interface,
+            call,
+            quantized,
+            opaque=True,
+            in_float=Positional(quantized.float_module, interface),
+        ),
         interface,
-        call,
-        quantized,
-        opaque=True,
-        in_float=in_float,
     )
-    return Part(program, in_float, interface) if _is_exportable(program) else None
 
 
 def _single(quantized: Quantized, captured: Capture, name: str) -> Part:
@@ -212,8 +232,7 @@ def _single(quantized: Quantized, captured: Capture, name: str) -> Part:
         opaque=bool(known.kept),
         in_float=float_program,
     )
-    program = replace(program, free_dims=target.free_dims)
-    return Part(program, float_program, known.interface)
+    return _part(replace(program, free_dims=target.free_dims), known.interface)
 
 
 def _program(
@@ -229,7 +248,7 @@ def _program(
 ) -> Program:
     infos = [info(graph) for graph in quantized.converted.values()]
     inside = any(known.kept for known in infos)
-    return Program(
+    program = Program(
         name,
         converted,
         in_qdq,
@@ -240,6 +259,7 @@ def _program(
         opaque=opaque or (inside and not name),
         in_float=in_float,
     )
+    return with_explicit_state(program)
 
 
 def put_artifacts(module: Any, files: dict[str, Any]) -> None:

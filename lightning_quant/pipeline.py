@@ -21,6 +21,7 @@ from lightning_quant._torch_ao import quiet
 from lightning_quant.analysis.coverage import Coverage
 from lightning_quant.backends import capture_targets, prepare_target
 from lightning_quant.backends.graph import info
+from lightning_quant.backends.state import unchanged
 from lightning_quant.capture import Capture
 from lightning_quant.config import ExportConfig, Method, QuantConfig, resolve_formats
 from lightning_quant.evaluate import ValidationData, copy_of, evaluate
@@ -141,7 +142,8 @@ def deliver(
     """
     if metrics_float is None:
         metrics_float = evaluate(copy_of(quantized.float_module), data) if data else {}
-    metrics_int8 = evaluate(quantized.module, data) if data else {}
+    with unchanged(quantized.module):
+        metrics_int8 = evaluate(quantized.module, data) if data else {}
     parts = parts_of(quantized, sample, captured)
     covered = covered_by(quantized, captured, sample, parts)
     written: list[Written] = []

@@ -1,4 +1,4 @@
-"""The state at which an int8 model begins: that of the float module when it was prepared, and not what calibration left.
+"""Where an int8 model begins: with the state of the float module when it was prepared, not with what calibration left.
 
 What a forward changes is never part of a graph (see :mod:`.tracing`): it is in the user's own modules, which stand
 around graphs or inside of them.

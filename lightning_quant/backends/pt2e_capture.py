@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lightning_quant.arguments import Call, Interface, batch_size, signature_of, with_batch
 from lightning_quant.backends.graph import place_of
-from lightning_quant.backends.state import tensors_of, carries, put_back, state_of
+from lightning_quant.backends.state import carries, put_back, state_of, tensors_of
 from lightning_quant.errors import CaptureError, first_line, where
 from lightning_quant.modes import without_fast_path
 from lightning_quant.structures import agree, plain, shape_of

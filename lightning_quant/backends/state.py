@@ -229,7 +229,9 @@ def unchanged(root: nn.Module) -> Iterator[None]:
 
 
 def writers(root: nn.Module, call: Call) -> dict[str, list[str]]:
-    """The submodules whose own forward, and not that of one inside of them, writes buffers, or into other tensors -> their names.
+    """The submodules whose own forward, not that of one inside of them, writes tensors -> the names of those.
+
+    Tensors are buffers, and what attributes hold.
 
     Args:
         root: Not changed: a copy runs.

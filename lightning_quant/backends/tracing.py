@@ -26,7 +26,7 @@ from lightning_quant._torch_ao import QuantizationTracer
 from lightning_quant.arguments import Call, Interface, signature_of
 from lightning_quant.backends.recurrent import expose_recurrent
 from lightning_quant.backends.rewriting import Opaque, rewrite
-from lightning_quant.backends.state import tensors_of, carries, put_back, state_of, writers
+from lightning_quant.backends.state import carries, put_back, state_of, tensors_of, writers
 from lightning_quant.backends.written_out import expose_batch_norms, is_written_out, written_out
 from lightning_quant.errors import CaptureError, first_line, where
 from lightning_quant.modes import without_fast_path

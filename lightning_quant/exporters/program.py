@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,9 @@ from torch import nn
 
 from lightning_quant._torch_ao import quiet
 from lightning_quant.arguments import Interface, with_batch
-from lightning_quant.backends.graph import Prepared
+from lightning_quant.backends.graph import Prepared, engine
 from lightning_quant.config import Method, QuantConfig
-from lightning_quant.errors import ExportError
+from lightning_quant.errors import ExportError, first_line, where
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,9 @@ def check_exportable(program: Program) -> None:
     if not program.opaque:
         return
     inputs = (*with_batch(program.data, 2), *program.inputs[len(program.data) :])
+    if program.config.backend == "torchscript":
+        _check_traceable(program, inputs)
+        return
     source = program.qdq() if program.method != "dynamic" else program.converted
     try:
         with quiet(), torch.no_grad():
@@ -96,6 +100,27 @@ def check_exportable(program: Program) -> None:
             f"{program.name or 'forward'}: a file cannot hold it, because its code decides by the values of its data, "
             f"or does what torch.export cannot follow: {type(error).__name__}: {reason}"
         ) from error
+
+
+def _check_traceable(program: Program, inputs: tuple[Any, ...]) -> None:
+    """As :func:`check_exportable`, of what has no neutral form, and becomes TorchScript alone."""
+    label = program.name or "forward"
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always", torch.jit.TracerWarning)
+        torch.jit.TracerWarning.ignore_lib_warnings()  # the checks of shapes in torch.nn
+        try:
+            with engine(program.config.engine), torch.random.fork_rng(devices=[]):
+                torch.jit.trace(program.converted.eval(), inputs, check_trace=False, strict=False)
+        except Exception as error:  # whatever the user's code raises when it is traced
+            raise ExportError(
+                f"{label}: torch.jit cannot trace it: {where(error)}{type(error).__name__}: {first_line(error)}"
+            ) from error
+    for warning in caught:
+        if issubclass(warning.category, torch.jit.TracerWarning):
+            raise ExportError(
+                f"{label}: a file cannot hold it, because its code decides by the values of its data: "
+                f"{warning.filename}:{warning.lineno}"
+            )
 
 
 def smaller(module: nn.Module, data: tuple[Any, ...], size: int, state: tuple[Any, ...] = ()) -> tuple[Any, ...]:

@@ -118,8 +118,8 @@ def carried(program: Program) -> tuple[str, ...]:
             "return the new one."
         )
     raise ExportError(
-        f"{label}: forward carries {', '.join(seen.attributes)} from call to call, which is no buffer. A file holds the "
-        "state of buffers: use self.register_buffer, or take the state as an argument and return the new one."
+        f"{label}: forward carries {', '.join(seen.attributes)} from call to call, which is no buffer. A file holds "
+        "the state of buffers: use self.register_buffer, or take the state as an argument and return the new one."
     )
 
 

@@ -14,7 +14,9 @@ from lightning_quant.runtime.of_onnx import load_onnx
 from lightning_quant.runtime.of_openvino import load_openvino
 from lightning_quant.runtime.of_torch import load_pt2, load_torchscript
 
-__all__ = ["FORMAT_VERSION", "METADATA_FILE", "METADATA_KEY", "Artifact", "Explicit", "files_of", "load", "read_metadata"]
+__all__ = [
+    "FORMAT_VERSION", "METADATA_FILE", "METADATA_KEY", "Artifact", "Explicit", "files_of", "load", "read_metadata",
+]  # fmt: skip
 
 _LOADERS: dict[str, Callable[[Path, dict[str, Any]], Artifact]] = {
     ".onnx": load_onnx,
