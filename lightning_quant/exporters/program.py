@@ -48,6 +48,7 @@ class Program:
         free_dims: For each input, the dimensions besides the batch whose sizes vary.
         in_float: The float model, where there is one beside the prepared graph.
         state: What it carries from call to call.
+        one_sample: It takes one sample at a time: its state is that of one.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Program:
     free_dims: tuple[tuple[int, ...], ...] = ()
     in_float: nn.Module | None = None
     state: tuple[State, ...] = ()
+    one_sample: bool = False
 
     @property
     def inputs(self) -> tuple[Any, ...]:
@@ -74,6 +76,8 @@ class Program:
             size: How many.
             module: Which of the forms is to run. Default: ``converted``.
         """
+        if self.one_sample:
+            return self.inputs
         state = self.inputs[len(self.data) :]
         return (*smaller(module or self.converted, self.data, size, state), *state)
 
@@ -86,7 +90,8 @@ def check_exportable(program: Program) -> None:
     """
     if not program.opaque:
         return
-    inputs = (*with_batch(program.data, 2), *program.inputs[len(program.data) :])
+    samples = program.data if program.one_sample else with_batch(program.data, 2)
+    inputs = (*samples, *program.inputs[len(program.data) :])
     if program.config.backend == "torchscript":
         _check_traceable(program, inputs)
         return

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
-from lightning_quant.arguments import with_batch
+from lightning_quant.arguments import batch_size, with_batch
 from lightning_quant.backends.graph import engine
 from lightning_quant.backends.state import changed, places, put_back, same, state_of, tensors_of, unchanged
 from lightning_quant.errors import ExportError
@@ -63,19 +63,33 @@ def with_explicit_state(program: Program) -> Program:
     Raises:
         ExportError: It carries what no file can hold. The message has the name.
     """
-    names = carried(program)
-    if not names:
+    found = carried(program)
+    if not found.names:
         return program
-    held = {name: owner.get_buffer(key) for name, owner, key in places(program.converted) if name in names}
+    held = {name: owner.get_buffer(key) for name, owner, key in places(program.converted) if name in found.names}
     explicit = replace(
         program,
-        converted=ExplicitState(program.converted, names),
-        qdq=lambda: ExplicitState(program.qdq(), names),
-        in_float=None if program.in_float is None else ExplicitState(program.in_float, names),
-        state=tuple(State(name, held[name].detach().clone().cpu()) for name in names),
+        converted=ExplicitState(program.converted, found.names),
+        qdq=lambda: ExplicitState(program.qdq(), found.names),
+        in_float=None if program.in_float is None else ExplicitState(program.in_float, found.names),
+        state=tuple(State(name, held[name].detach().clone().cpu()) for name in found.names),
+        one_sample=found.one_sample,
     )
     _check(program, explicit)
     return explicit
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What a program changes by a call.
+
+    Attributes:
+        names: Of its buffers.
+        one_sample: They are those of one sample: it can run no other batch, or they would have another shape.
+    """
+
+    names: tuple[str, ...] = ()
+    one_sample: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,38 +102,51 @@ class _Seen:
     attributes: list[str]
 
 
-def carried(program: Program) -> tuple[str, ...]:
-    """The names of the buffers that a program changes by a call.
+def carried(program: Program) -> Carried:
+    """The buffers that a program changes by a call.
+
+    Those of which the shape is another one afterwards, or with another batch, do not count where no call reads what an
+    earlier one left in them; nor do attributes.
 
     Raises:
-        ExportError: It reads what an earlier call has left in something else: in an attribute that is no buffer, in a
-            buffer of another shape, in a program of TorchScript.
+        ExportError: It reads what an earlier call has left in an attribute that is no buffer, in a buffer of another
+            shape or in a program of TorchScript.
     """
-    label = program.name or "forward"
     before = {name: (owner, owner._buffers[key]) for name, owner, key in places(program.converted)}
     with _left_alone(program):
         seen = _run(program.converted, program.data)
-    scripted = [n for n in seen.written if n in before and isinstance(before[n][0], torch.jit.ScriptModule)]
-    if scripted:
-        raise ExportError(
-            f"{label}: a program of TorchScript changes its buffer {scripted[0]!r}, which cannot be made an input and "
-            "an output of it. Quantize the module that it was compiled from."
-        )
     if not seen.written and not seen.attributes:
-        return ()
-    loose = _loose(program, {name: before[name][1] if name in before else None for name in seen.written})
-    names = tuple(name for name in seen.written if name not in loose)
-    if not (loose or seen.attributes) or not _reads(program, names):
-        return names
+        return Carried()
+    label = program.name or "forward"
+    for name in seen.written:
+        if name in before and isinstance(before[name][0], torch.jit.ScriptModule):
+            raise ExportError(
+                f"{label}: a program of TorchScript changes its buffer {name!r}, which cannot be made an input and an "
+                "output of it. Quantize the module that it was compiled from."
+            )
+    loose = _never_held(seen, {name: before[name][1] if name in before else None for name in seen.written})
+    bound = _bound(program, {n: x for n in seen.written if n not in loose and (x := before[n][1]) is not None})
+    names = tuple(name for name in seen.written if name not in loose and name not in bound)
+    one_sample = bool(bound) and batch_size(program.data) == 1 and _reads(program, names)
+    if one_sample:
+        names = tuple(name for name in seen.written if name not in loose)
+    else:
+        loose |= bound
+    if (loose or seen.attributes) and _reads(program, names):
+        raise ExportError(f"{label}: {_refusal(loose, seen.attributes)}")
+    return Carried(names, one_sample)
+
+
+def _refusal(loose: dict[str, str], attributes: list[str]) -> str:
     for name, reason in loose.items():
-        raise ExportError(
-            f"{label}: forward carries the buffer {name!r} from call to call, and {reason}. A file holds state of one "
-            "shape and dtype, which does not follow the batch. Give it that, or take the state as an argument and "
-            "return the new one."
+        return (
+            f"forward carries the buffer {name!r} from call to call, and {reason}. A file holds state of one shape and "
+            "dtype. Give it that (where it follows the batch: export with data of one sample), or take the state as "
+            "an argument and return the new one."
         )
-    raise ExportError(
-        f"{label}: forward carries {', '.join(seen.attributes)} from call to call, which is no buffer. A file holds "
-        "the state of buffers: use self.register_buffer, or take the state as an argument and return the new one."
+    return (
+        f"forward carries {', '.join(attributes)} from call to call, which is no buffer. A file holds the state of "
+        "buffers: use self.register_buffer, or take the state as an argument and return the new one."
     )
 
 
@@ -146,30 +173,44 @@ def _run(module: nn.Module, data: tuple[Any, ...]) -> _Seen:
     return _Seen(output, tensors.written(), after, [*attributes, *tensors.written_attributes()])
 
 
-def _loose(program: Program, written: dict[str, torch.Tensor | None]) -> dict[str, str]:
-    """The buffers that no file can hold -> why.
+def _never_held(seen: _Seen, written: dict[str, torch.Tensor | None]) -> dict[str, str]:
+    """The buffers that are not what they were after any call -> how.
 
     Args:
-        program: Runs with the batch of its data, with one sample and with two.
-        written: Those that a call writes, with their values before.
+        seen: One call.
+        written: The buffers that it wrote, with their values before.
     """
-    loose = {name: "it is None or not there before the first one" for name, x in written.items() if x is None}
-    for size in (None, 1, 2):
-        data = program.data if size is None else with_batch(program.data, size)
+    loose = {}
+    for name, x in written.items():
+        now = seen.buffers.get(name)
+        if x is None:
+            loose[name] = "it is None, or not there, before the first one"
+        elif now is None or not _fits(now, x):
+            loose[name] = f"it is {_shown(x)} before one and {'None' if now is None else _shown(now)} after it"
+    return loose
+
+
+def _bound(program: Program, written: dict[str, torch.Tensor]) -> dict[str, str]:
+    """The buffers that follow the number of samples -> how."""
+    for size in (1, 2):
         with _left_alone(program):
             try:
-                found = _run(program.converted, data).buffers
+                found = _run(program.converted, with_batch(program.data, size)).buffers
             except Exception:  # whatever torch raises where state does not fit the data
-                if size is None:
-                    raise
-                return loose | dict.fromkeys(written, f"with it forward cannot run a batch of {size}")
+                return dict.fromkeys(written, f"with it forward cannot run a batch of {size}")
         for name, x in written.items():
             now = found.get(name)
-            if x is None or (now is not None and now.shape == x.shape and now.dtype == x.dtype):
-                continue
-            has = "is None" if now is None else f"has the shape {tuple(now.shape)} and is {now.dtype}"
-            loose.setdefault(name, f"it has the shape {tuple(x.shape)} and is {x.dtype} before one, and {has} after it")
-    return loose
+            if now is None or not _fits(now, x):
+                return {name: f"after a batch of {size} it is {'None' if now is None else _shown(now)}"}
+    return {}
+
+
+def _fits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype
+
+
+def _shown(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} of the shape {tuple(tensor.shape)}"
 
 
 def _reads(program: Program, names: Sequence[str]) -> bool:

@@ -210,7 +210,10 @@ class _Writer:
 
     def _exported_program(self) -> Exported:
         count = len(self.program.data)
-        return to_program(self.program.qdq(), self.double[:count], self.program.free_dims, self.double[count:])
+        return to_program(
+            self.program.qdq(), self.double[:count], self.program.free_dims, self.double[count:],
+            one_sample=self.program.one_sample,
+        )  # fmt: skip
 
     def write(self, name: FormatName, path: Path) -> Artifact:
         """One checked file.
@@ -248,7 +251,7 @@ class _Writer:
             torchscript.freeze(source, self.double), torchscript.freeze(in_float, self.double), self.single
         ):  # fmt: skip
             source, left_float = in_float, ("",)
-        shapes = _free_batch(self.double[: len(self.program.data)])
+        shapes = _any_sizes(self.program)
         torchscript.export(source, self.double, path, self._metadata("torchscript", shapes, left_float))
         return self._checked(label, "torchscript", path, source, left_float, lambda needed: "")
 
@@ -415,9 +418,11 @@ def _shapes(program: Exported) -> list[list[int | None]]:
     ]
 
 
-def _free_batch(data: tuple[Any, ...]) -> list[list[int | None]]:
+def _any_sizes(program: Program) -> list[list[int | None]]:
     """TorchScript has no shapes: what it takes depends on what it computes with them."""
-    return [[None] * x.dim() for x in tree_flatten(data)[0] if isinstance(x, torch.Tensor)]
+    first: list[int | None] = [1 if program.one_sample else None]
+    tensors = [x for x in tree_flatten(program.data)[0] if isinstance(x, torch.Tensor)]
+    return [[*first, *([None] * (x.dim() - 1))] if x.dim() else [] for x in tensors]
 
 
 def _flat_names(names: list[str], inputs: tuple[Any, ...]) -> list[str]:

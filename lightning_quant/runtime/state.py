@@ -103,8 +103,13 @@ class State(MutableMapping[str, torch.Tensor]):
             self[name] = value
 
     def follow(self, values: tuple[torch.Tensor, ...]) -> None:
-        """Take what a call gave, in order."""
-        for name, value in zip(self._now, values, strict=True):
+        """Take what a call gave, in order.
+
+        Raises:
+            ArtifactError: It is of another shape or dtype.
+        """
+        checked = [self._checked(name, value) for name, value in zip(self._now, values, strict=True)]
+        for name, value in zip(self._now, checked, strict=True):
             self._now[name] = value.detach()
 
     def reset(self) -> None:
