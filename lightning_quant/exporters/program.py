@@ -13,7 +13,7 @@ from torch import nn
 from lightning_quant._torch_ao import quiet
 from lightning_quant.arguments import Interface, with_batch
 from lightning_quant.backends.graph import Prepared, engine
-from lightning_quant.config import Method, QuantConfig
+from lightning_quant.config import Method, QuantConfig, formats_of
 from lightning_quant.errors import ExportError, first_line, where
 
 
@@ -92,7 +92,7 @@ def check_exportable(program: Program) -> None:
         return
     samples = program.data if program.one_sample else with_batch(program.data, 2)
     inputs = (*samples, *program.inputs[len(program.data) :])
-    if program.config.backend == "torchscript":
+    if program.state and formats_of(program.config, program.method) == ("torchscript",):
         _check_traceable(program, inputs)
         return
     source = program.qdq() if program.method != "dynamic" else program.converted

@@ -42,7 +42,7 @@ class OpenVinoArtifact(Artifact):
     def compute(self, data: tuple[Any, ...], state: tuple[torch.Tensor, ...]) -> tuple[Any, tuple[torch.Tensor, ...]]:
         """See :meth:`Artifact.compute`."""
         tensors = [x for x in tree_flatten((data, state))[0] if isinstance(x, torch.Tensor)]
-        arrays = [np.ascontiguousarray(x.detach().cpu().numpy()) for x in tensors]
+        arrays = [np.asarray(x.detach().cpu().numpy(), order="C") for x in tensors]
         request = self._request(tuple(array.shape for array in arrays))
         results = request.infer(arrays, share_inputs=True)
         return self._taken_apart([torch.from_numpy(np.array(results[output])) for output in request.model_outputs])
