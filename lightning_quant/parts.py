@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +19,7 @@ from lightning_quant.errors import CaptureError, ExportError
 from lightning_quant.evaluate import copy_of
 from lightning_quant.exporters import (
     Program,
+    StateError,
     check_exportable,
     one_config,
     qdq,
@@ -28,8 +28,6 @@ from lightning_quant.exporters import (
 from lightning_quant.inputs import Sample, recorded_forward
 from lightning_quant.placement import ToGraph, divert, graft, plain_train
 from lightning_quant.structures import shape_of
-
-log = logging.getLogger(__name__)
 
 Graphs = dict[str, nn.Module]
 
@@ -88,25 +86,33 @@ def join(name: str, child: str) -> str:
 
 @dataclass(frozen=True)
 class Part:
-    """One file: the program that it is written from, its float twin, and how a call becomes its inputs."""
+    """One file: the program that it is written from, its float twin, and how a call becomes its inputs.
+
+    ``refused`` says of a file of one target why there is none of more, if that is because of what it would carry from
+    call to call.
+    """
 
     program: Program
     float_program: nn.Module
     interface: Interface
+    refused: str = ""
 
 
 def parts_of(quantized: Quantized, sample: Sample, captured: Capture) -> list[Part]:
     """One part for the module's own forward if a file can hold it and it reaches every target, else one per target."""
     module = quantized.float_module
     names = outermost(quantized.converted)
+    refused = ""
     call = recorded_forward(sample.recordings, module)
     if names != ("",) and call is not None and type(module).forward is not root_of(module).LightningModule.forward:
-        part = _around(quantized, names, call) or _whole(quantized, call)
+        try:
+            part = _around(quantized, names, call) or _whole(quantized, call)
+        except StateError as error:
+            part, refused = None, str(error)
         if part is not None:
             return [part]
     parts: list[Part] = []
     pending = list(names)
-    reason: ExportError | None = None
     while pending:
         name = pending.pop(0)
         try:
@@ -114,21 +120,26 @@ def parts_of(quantized: Quantized, sample: Sample, captured: Capture) -> list[Pa
             check_exportable(part.program)
             parts.append(part)
         except ExportError as error:
-            reason = error
+            refused = refused or (str(error) if isinstance(error, StateError) else "")
             inside = {n: g for n, g in quantized.converted.items() if n != name and n.startswith(join(name, ""))}
             pending = [*outermost(inside), *pending]
-    if reason is not None and not parts:
-        raise reason
-    return parts
+    if refused and not parts:
+        raise StateError(refused)
+    return [replace(part, refused=refused) for part in parts]
 
 
 def _exportable(make: Callable[[], Program], interface: Interface) -> Part | None:
-    """The part of a module's own forward; None, and the reason in the log, if no file can hold it."""
+    """The part of a module's own forward; None, if it is one that no file can hold.
+
+    Raises:
+        StateError: It cannot because of what it carries from call to call.
+    """
     try:
         program = make()
         check_exportable(program)
-    except ExportError as error:
-        log.info("one file for each target: %s", error)
+    except StateError:
+        raise
+    except ExportError:
         return None
     return _part(program, interface)
 

@@ -229,6 +229,7 @@ def _report(
     notes = []
     if len(parts) > 1 or parts[0].program.name:
         notes.append("The module's own forward could not be captured around its targets: there is one file per target.")
+        notes += [f"That is because of its state. {part.refused}" for part in parts[:1] if part.refused]
     return QuantReport(
         method=method,
         config={**asdict(resolved), "targets": list(config.targets), "skip": list(config.skip)},

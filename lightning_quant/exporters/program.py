@@ -111,6 +111,7 @@ def _check_traceable(program: Program, inputs: tuple[Any, ...]) -> None:
     """As :func:`check_exportable`, of what has no neutral form, and becomes TorchScript alone."""
     label = program.name or "forward"
     with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of properties, for all of which torch asks
         warnings.simplefilter("always", torch.jit.TracerWarning)
         torch.jit.TracerWarning.ignore_lib_warnings()  # the checks of shapes in torch.nn
         try:

@@ -22,6 +22,10 @@ from lightning_quant.errors import ExportError
 from lightning_quant.exporters.program import Program, State
 
 
+class StateError(ExportError):
+    """A model carries from call to call what no file can hold."""
+
+
 class ExplicitState(nn.Module):
     """A module as a function of its data and its state by position, which gives ``(output, new state)``.
 
@@ -30,7 +34,7 @@ class ExplicitState(nn.Module):
         names: Of its buffers that are the state, as of :func:`lightning_quant.backends.state.places`.
 
     Raises:
-        ExportError: It has no such buffer.
+        StateError: It has no such buffer.
     """
 
     def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
@@ -39,7 +43,7 @@ class ExplicitState(nn.Module):
         held = {name: (owner, key) for name, owner, key in places(module)}
         for name in names:
             if name not in held:
-                raise ExportError(f"forward changes the buffer {name!r}, which the int8 model does not have")
+                raise StateError(f"forward changes the buffer {name!r}, which the int8 model does not have")
         self.places = [held[name] for name in names]
 
     def forward(self, *inputs: Any) -> tuple[Any, tuple[torch.Tensor, ...]]:
@@ -61,7 +65,7 @@ def with_explicit_state(program: Program) -> Program:
     """``program`` as a function of its data and its state, if it carries any from call to call.
 
     Raises:
-        ExportError: It carries what no file can hold. The message has the name.
+        StateError: It carries what no file can hold. The message has the name.
     """
     found = carried(program)
     if not found.names:
@@ -109,7 +113,7 @@ def carried(program: Program) -> Carried:
     earlier one left in them; nor do attributes.
 
     Raises:
-        ExportError: It reads what an earlier call has left in an attribute that is no buffer, in a buffer of another
+        StateError: It reads what an earlier call has left in an attribute that is no buffer, in a buffer of another
             shape or in a program of TorchScript.
     """
     before = {name: (owner, owner._buffers[key]) for name, owner, key in places(program.converted)}
@@ -120,7 +124,7 @@ def carried(program: Program) -> Carried:
     label = program.name or "forward"
     for name in seen.written:
         if name in before and isinstance(before[name][0], torch.jit.ScriptModule):
-            raise ExportError(
+            raise StateError(
                 f"{label}: a program of TorchScript changes its buffer {name!r}, which cannot be made an input and an "
                 "output of it. Quantize the module that it was compiled from."
             )
@@ -133,7 +137,7 @@ def carried(program: Program) -> Carried:
     else:
         loose |= bound
     if (loose or seen.attributes) and _reads(program, names):
-        raise ExportError(f"{label}: {_refusal(loose, seen.attributes)}")
+        raise StateError(f"{label}: {_refusal(loose, seen.attributes)}")
     return Carried(names, one_sample)
 
 
@@ -240,7 +244,7 @@ def _check(program: Program, explicit: Program) -> None:
     """Three calls of the module, and of the function with the state handed on, are the same.
 
     Raises:
-        ExportError: They are not.
+        StateError: They are not.
     """
     values = tuple(state.value for state in explicit.state)
     with _left_alone(program):
@@ -254,7 +258,7 @@ def _check(program: Program, explicit: Program) -> None:
             found.append(output)
     if not _equal(expected, found):
         names = ", ".join(repr(state.name) for state in explicit.state)
-        raise ExportError(
+        raise StateError(
             f"{program.name or 'forward'}: forward changes {names} and carries more than that from call to call. Two "
             "buffers that share memory cannot be held in a file: give each its own."
         )
