@@ -68,6 +68,9 @@ def inspect(file: str, json: bool = False, full: bool = False) -> None:
     _print_table(console, "inputs (*: any size)", ("name", "shape", "exported with", "dtype"), inputs)
     outputs = zip(metadata["outputs"], metadata["output_dtypes"], strict=True)
     _print_table(console, "outputs", ("name", "dtype"), outputs)
+    if state := metadata.get("state"):
+        rows = [(e["name"], shown_shape(e["shape"]), e["dtype"], e["input"], e["output"]) for e in state]
+        _print_table(console, "state", ("buffer", "shape", "dtype", "input", "output"), rows)
     if metadata["metrics"]:
         title = "metrics of the model"
         _print_table(console, title, ("", *metadata["metrics"]), _metrics(metadata["metrics"]), right=True)

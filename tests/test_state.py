@@ -228,9 +228,22 @@ CELLS: list[tuple[BackendName, tuple[FormatName, ...]]] = [
 ]
 
 
-@KINDS
-@WAYS
-@pytest.mark.parametrize(("backend", "formats"), CELLS, ids=[backend for backend, _ in CELLS])
+#: The other cells of the table are for those who have more time.
+FAST = {
+    ("fx", "copy", Average), ("fx", "assign", Stream), ("eager", "in_place", Average),
+    ("pt2e", "assign", Average), ("torchscript", "copy", Average),
+    ("torchscript", "assign", Stream),
+}  # fmt: skip
+ALL = [
+    pytest.param(
+        backend, formats, way, kind,
+        id=f"{backend}-{way}-{kind.__name__}", marks=() if (backend, way, kind) in FAST else pytest.mark.slow,
+    )
+    for backend, formats in CELLS for way in ("copy", "assign", "in_place") for kind in MODELS
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("backend", "formats", "way", "kind"), ALL)
 def test_three_calls_of_a_file(
     backend: BackendName, formats: tuple[FormatName, ...], way: str, kind: type[nn.Module], tmp_path: Path
 ) -> None:
@@ -254,6 +267,7 @@ def test_three_calls_of_a_file_with_dynamic_ranges(tmp_path: Path) -> None:
     check_file(files["torchscript"], model, data, Average)
 
 
+@pytest.mark.slow
 def test_a_file_with_layers_that_are_slow_left_in_float(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def all_in_float(self: Any, candidates: list[tuple[str, ...]]) -> dict[tuple[str, ...], float]:
         for names in candidates:  # written and run as always

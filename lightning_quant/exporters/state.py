@@ -15,11 +15,16 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
+from lightning_quant.analysis.sqnr import float_tensors, sqnr_db
 from lightning_quant.arguments import batch_size, with_batch
 from lightning_quant.backends.graph import engine
 from lightning_quant.backends.state import changed, places, put_back, same, state_of, tensors_of, unchanged
 from lightning_quant.errors import ExportError
 from lightning_quant.exporters.program import Program, State
+
+#: Of the calls of a function that is given its state, against the module that keeps it: no more than float sums in
+#: another order. State that was overlooked gives much less.
+LEAST_DB = 40.0
 
 
 class StateError(ExportError):
@@ -256,7 +261,7 @@ def _check(program: Program, explicit: Program) -> None:
                 torch.manual_seed(0)
                 output, values = explicit.converted(*program.data, *values)
             found.append(output)
-    if not _equal(expected, found):
+    if not _equal(expected, found) and (not float_tensors(found) or sqnr_db(expected, found) < LEAST_DB):
         names = ", ".join(repr(state.name) for state in explicit.state)
         raise StateError(
             f"{program.name or 'forward'}: forward changes {names} and carries more than that from call to call. Two "

@@ -10,14 +10,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, treespec_dumps
+from torch.utils._pytree import tree_flatten, treespec_dumps
 
 from lightning_quant.analysis.sqnr import float_tensors
 from lightning_quant.backends.graph import engine
@@ -31,13 +30,12 @@ from lightning_quant.errors import (
     first_line,
 )
 from lightning_quant.exporters import aoti, onnx, openvino, pt2, skip_slow, torchscript
+from lightning_quant.exporters.describing import NO_FACTS, Facts, any_sizes, metadata_of, metadata_of_part, shapes_of
 from lightning_quant.exporters.layouts import LAYOUTS, int8_layers, laid_out
 from lightning_quant.exporters.program import Program, check_exportable
 from lightning_quant.exporters.qdq import to_program
 from lightning_quant.exporters.verification import first_difference, verify
-from lightning_quant.runtime import FORMAT_VERSION, Explicit, files_of, load
-from lightning_quant.runtime.state import described as described_state
-from lightning_quant.structures import Setting, described
+from lightning_quant.runtime import Explicit, files_of, load
 
 Exported = torch.export.ExportedProgram
 
@@ -80,19 +78,6 @@ class Artifact:
     in_float: nn.Module | None = None
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What a file says of the model, beside what can be seen in it.
-
-    Attributes:
-        metrics: As ``{"float": {"val_acc": 0.97}, "int8": {"val_acc": 0.96}}``.
-        class_labels: In the order of the outputs; None: not known.
-    """
-
-    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
-    class_labels: tuple[str, ...] | None = None
-
-
 class FormatError(ExportError):
     """A format cannot hold a program."""
 
@@ -127,7 +112,7 @@ def write(
     *,
     fastest: bool = False,
     with_float: bool = False,
-    facts: Facts = Facts(),
+    facts: Facts = NO_FACTS,
 ) -> tuple[tuple[Artifact, ...], dict[str, str]]:
     """Write each program in each format.
 
@@ -251,7 +236,7 @@ class _Writer:
             torchscript.freeze(source, self.double), torchscript.freeze(in_float, self.double), self.single
         ):  # fmt: skip
             source, left_float = in_float, ("",)
-        shapes = _any_sizes(self.program)
+        shapes = any_sizes(self.program)
         torchscript.export(source, self.double, path, self._metadata("torchscript", shapes, left_float))
         return self._checked(label, "torchscript", path, source, left_float, lambda needed: "")
 
@@ -261,12 +246,12 @@ class _Writer:
         left_float: tuple[str, ...] = ()
 
         def export(program: Exported, to: Path) -> nn.Module:
-            EXPORTERS[name](program, to, self._metadata(name, _shapes(program), left_float))
+            EXPORTERS[name](program, to, self._metadata(name, shapes_of(program), left_float))
             return _reload(label, to)
 
         def export_part(part: Exported, folder: Path) -> nn.Module:
             to = folder / path.name
-            EXPORTERS[name](part, to, _of_part(self._metadata(name, _shapes(part), left_float), part))
+            EXPORTERS[name](part, to, metadata_of_part(self._metadata(name, shapes_of(part), left_float), part))
             return _reload(label, to)
 
         if self.fastest and name in skip_slow.FORMATS:
@@ -275,7 +260,7 @@ class _Writer:
                 whole=name in skip_slow.WHOLE,
             )  # fmt: skip
         program = laid_out(neutral, layout, left_float)
-        EXPORTERS[name](program, path, self._metadata(name, _shapes(program), left_float))
+        EXPORTERS[name](program, path, self._metadata(name, shapes_of(program), left_float))
 
         def differs_at(needed: float) -> str:
             return first_difference(program, export_part, self.single, needed)
@@ -316,69 +301,11 @@ class _Writer:
         return calls
 
     def _metadata(self, name: str, shapes: list[list[int | None]], left_float: tuple[str, ...]) -> dict[str, Any]:
-        program = self.program
-        tensors = [x for x in tree_flatten(program.data)[0] if isinstance(x, torch.Tensor)]
-        leaves, spec = tree_flatten(self.output)
-        metadata = {
-            "format_version": FORMAT_VERSION,
-            "torch": torch.__version__,
-            "lightning_quant": _version(),
-            "format": name,
-            "method": program.method,
-            "config": asdict(program.config),
-            "target": program.name,
-            "inputs": list(program.interface.inputs),
-            "parameters": {
-                key: described(part)
-                for key, part in program.interface.structures.items()
-                if not isinstance(part, Setting)
-            },
-            "tensors": _flat_names(list(program.interface.inputs), program.data),
-            "shapes": shapes[: len(tensors)],
-            "input_shapes": [list(x.shape) for x in tensors],
-            "input_dtypes": [str(x.dtype) for x in tensors],
-            "outputs": _output_names(self.output),
-            "output_dtypes": [str(x.dtype) for x in leaves],
-            "output_spec": treespec_dumps(spec),
-            "left_float": list(left_float),
-            "metrics": self.facts.metrics,
-            "class_labels": None if self.facts.class_labels is None else list(self.facts.class_labels),
-        }
-        return metadata | ({"state": _state(program, metadata)} if program.state else {})
+        return metadata_of(self.program, self.output, name, shapes, left_float, self.facts)
 
 
 class _WrongFile(ExportError):
     """A file was written, and computes something else."""
-
-
-def _state(program: Program, metadata: dict[str, Any]) -> list[dict[str, Any]]:
-    """The state with the names that it has in the file, which are no others of it."""
-    used, entries = {*metadata["tensors"], *metadata["outputs"]}, []
-    for state in program.state:
-        names = []
-        for name in (f"state_{state.name.replace('.', '_')}", f"next_state_{state.name.replace('.', '_')}"):
-            while name in used:
-                name += "_"
-            used.add(name)
-            names.append(name)
-        entries.append(described_state(state.name, state.value, *names))
-    return entries
-
-
-def _of_part(metadata: dict[str, Any], part: Exported) -> dict[str, Any]:
-    """The metadata of a file that gives other outputs, and takes the state as data."""
-    outputs = [torch.zeros(())] * len(part.graph_signature.user_outputs)
-    state = metadata.pop("state", [])
-    taken = [entry["input"] for entry in state]
-    return {
-        **metadata,
-        "inputs": [*metadata["inputs"], *taken],
-        "tensors": [*metadata["tensors"], *taken],
-        "shapes": [*metadata["shapes"], *(entry["shape"] for entry in state)],
-        "input_dtypes": [*metadata["input_dtypes"], *(entry["dtype"] for entry in state)],
-        "outputs": _output_names(outputs),
-        "output_spec": treespec_dumps(tree_flatten(outputs)[1]),
-    }
 
 
 def _reload(label: str, path: Path) -> nn.Module:
@@ -406,43 +333,3 @@ def _check_outputs(label: str, output: Any) -> None:
         treespec_dumps(spec)
     except (NotImplementedError, TypeError) as error:
         raise ExportError(f"{label}: forward returns {type(output).__name__}; return a tuple or a dict.") from error
-
-
-def _shapes(program: Exported) -> list[list[int | None]]:
-    """The sizes of each input of a program; None: any."""
-    inputs = set(program.graph_signature.user_inputs)
-    return [
-        [size if isinstance(size, int) else None for size in node.meta["val"].shape]
-        for node in program.graph.nodes
-        if node.op == "placeholder" and node.name in inputs and isinstance(node.meta.get("val"), torch.Tensor)
-    ]
-
-
-def _any_sizes(program: Program) -> list[list[int | None]]:
-    """TorchScript has no shapes: what it takes depends on what it computes with them."""
-    first: list[int | None] = [1 if program.one_sample else None]
-    tensors = [x for x in tree_flatten(program.data)[0] if isinstance(x, torch.Tensor)]
-    return [[*first, *([None] * (x.dim() - 1))] if x.dim() else [] for x in tensors]
-
-
-def _flat_names(names: list[str], inputs: tuple[Any, ...]) -> list[str]:
-    """One name per tensor: the parameter's, numbered where the parameter is a container."""
-    flat: list[str] = []
-    for name, value in zip(names, inputs, strict=True):
-        count = len([x for x in tree_flatten(value)[0] if isinstance(x, torch.Tensor)])
-        flat.extend([name] if count == 1 else [f"{name}_{i}" for i in range(count)])
-    return flat
-
-
-def _output_names(output: Any) -> list[str]:
-    """``output``; or, of several, their keys and indices in what forward returns."""
-    paths = [path for path, _ in tree_flatten_with_path(output)[0]]
-    names = ["_".join(keystr((key,)).strip("[].'\"") for key in path) for path in paths]
-    return [name if name and not name[0].isdigit() else f"output{'_' * bool(name)}{name}" for name in names]
-
-
-def _version() -> str:
-    try:
-        return version("lightning-quant")
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        return "unknown"
