@@ -180,9 +180,7 @@ def test_a_file_with_state_runs_without_this_package(block: str, folder: Path, t
 
 
 def test_state_is_described_as_the_page_says(tmp_path: Path) -> None:
-    table = (
-        PAGE.read_text(encoding="utf8").split("## Models with state")[1].split("| key of an entry | what it is |")[1]
-    )
+    table = PAGE.read_text(encoding="utf8").split("| key of an entry | what it is |")[1]
     rows = table.split("\n\n")[0].splitlines()
     named = [key for row in rows for key in re.findall(r"`(\w+)`", row.partition("|")[2].partition("|")[0])]
     example = torch.randn(1, 2, 16)

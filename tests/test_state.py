@@ -569,6 +569,37 @@ def test_state_that_no_file_holds_is_refused(case: str, backend: BackendName, tm
             assert decibels(model(data), int8(data)) > DB
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_state_inside_of_a_program_is_refused(backend: BackendName, tmp_path: Path) -> None:
+    """A TorchScript program keeps its state in memory, and nobody can make it an argument of it."""
+    torch.manual_seed(0)
+    data = torch.randn(32, 4)
+    scripted = torch.jit.script(Centred().eval())
+    model = nn.Sequential(nn.Linear(4, 4), scripted).eval()
+    prepared = calibrated(model, data, config=QuantConfig(backend=backend), passes=3)
+    assert not scripted.mean.any()
+    int8 = convert(prepared)
+    message = r"a program of TorchScript changes its buffer '1\.mean', which cannot be made"
+    with pytest.raises(ExportError, match=message):
+        ExportError, match=r"a program of TorchScript changes its buffer '1\.mean', which cannot be made"
+    ):
+        export(prepared, None, ExportConfig(directory=tmp_path), example_inputs=data)
+    with torch.no_grad():
+        for x in (data, 0.5 * data, data[:3]):
+            assert decibels(model(x), int8(x)) > DB
+
+
+class Centred(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x - self.mean
+        self.mean.copy_(x.mean(0, keepdim=True).detach())
+        return y
+
+
 class Noted(nn.Module):
     """It notes things that no later call reads."""
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten
 from lightning_quant.arguments import Call, Captured, Positional
 from lightning_quant.capture import watch
 from lightning_quant.errors import CaptureError
+from lightning_quant.scripted import ScriptedChild
 from lightning_quant.structures import is_setting
 
 _State = tuple[dict[str, Any], dict[str, Any], dict[int, tuple[Any, Any]]]
@@ -104,8 +105,9 @@ def _modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if id(module) in seen:
             return
         seen.add(id(module))
-        if isinstance(module, (Captured, Positional)):
-            yield from visit(module.graph if isinstance(module, Captured) else module.module, prefix)
+        inside = _inside(module)
+        if inside is not None:
+            yield from visit(inside, prefix)
             return
         yield prefix, module
         for name, child in list(module._modules.items()):
@@ -113,6 +115,15 @@ def _modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 yield from visit(child, f"{prefix}{name}.")
 
     return visit(root, "")
+
+
+def _inside(module: nn.Module) -> nn.Module | None:
+    """The module that another one of this package stands for or around, None of any other."""
+    if isinstance(module, Captured):
+        return module.graph
+    if isinstance(module, Positional):
+        return module.module
+    return module.script if isinstance(module, ScriptedChild) else None
 
 
 def places(root: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
