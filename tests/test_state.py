@@ -581,8 +581,6 @@ def test_state_inside_of_a_program_is_refused(backend: BackendName, tmp_path: Pa
     int8 = convert(prepared)
     message = r"a program of TorchScript changes its buffer '1\.mean', which cannot be made"
     with pytest.raises(ExportError, match=message):
-        ExportError, match=r"a program of TorchScript changes its buffer '1\.mean', which cannot be made"
-    ):
         export(prepared, None, ExportConfig(directory=tmp_path), example_inputs=data)
     with torch.no_grad():
         for x in (data, 0.5 * data, data[:3]):

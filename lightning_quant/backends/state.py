@@ -123,7 +123,8 @@ def _inside(module: nn.Module) -> nn.Module | None:
         return module.graph
     if isinstance(module, Positional):
         return module.module
-    return module.script if isinstance(module, ScriptedChild) else None
+    # a graph may have taken its place
+    return module._modules.get("script") if isinstance(module, ScriptedChild) else None
 
 
 def places(root: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
