@@ -569,6 +569,33 @@ def test_state_that_no_file_holds_is_refused(case: str, backend: BackendName, tm
             assert decibels(model(data), int8(data)) > DB
 
 
+class Shared(nn.Module):
+    """One of its buffers is a part of another one, which it writes into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("two", torch.zeros(2, 4))
+        self.register_buffer("first", self.two[:1])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.fc(x) + self.first
+        self.two.copy_(torch.stack([h.mean(0), h.amax(0)]).detach())
+        return h
+
+
+def test_buffers_that_share_memory_are_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, data = Shared().eval(), torch.randn(32, 4)
+    prepared = calibrated(model, data)
+    with pytest.raises(ExportError, match=r"forward changes 'first', 'two' and carries more than that .* share memory"):
+        export(prepared, None, ExportConfig(directory=tmp_path), example_inputs=data)
+    int8 = convert(prepared)
+    with torch.no_grad():
+        for _ in range(3):
+            assert decibels(model(data), int8(data)) > DB
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_state_inside_of_a_program_is_refused(backend: BackendName, tmp_path: Path) -> None:
     """A TorchScript program keeps its state in memory, and nobody can make it an argument of it."""

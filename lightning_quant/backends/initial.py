@@ -74,12 +74,14 @@ class Watched:
             name: {key: copy.deepcopy(model.get_submodule(name).__dict__.get(key, Absent)) for key in keys}
             for name, keys in self.attributes.items()
         }
-        buffers = {name: _copied(held.get(name, Absent)) for name in self.buffers}
-        return Initial(buffers, attributes, trained)
+        buffers = {name: held.get(name, Absent) for name in self.buffers}
+        return Initial(_copied(buffers), attributes, trained)
 
 
-def _copied(value: Any) -> Any:
-    return value.detach().clone().cpu() if isinstance(value, torch.Tensor) else value
+def _copied(buffers: dict[str, Any]) -> dict[str, Any]:
+    """A copy, in one go: what shares memory does so there."""
+    detached = {name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in buffers.items()}
+    return {name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in copy.deepcopy(detached).items()}
 
 
 def remember(prepared: nn.Module, initial: Initial | None) -> None:
@@ -113,7 +115,7 @@ def begin_again(twin: nn.Module) -> None:
     if initial.trained:
         return
     held = {name: (owner, key) for name, owner, key in places(twin)}
-    for name, value in initial.buffers.items():
+    for name, value in _copied(initial.buffers).items():
         if value is Absent:
             if name in held:
                 owner, key = held[name]
@@ -125,7 +127,7 @@ def begin_again(twin: nn.Module) -> None:
                 f"{name.rpartition('.')[0]!r} in float with QuantConfig(skip=...)."
             )
         owner, key = held[name]
-        setattr(owner, key, None if value is None else value.clone())
+        setattr(owner, key, value)
     for name, values in initial.attributes.items():
         module = _module(twin, name)
         for key, value in values.items():
