@@ -5,6 +5,7 @@ The order of Lightning's hooks decides where each thing happens; the comments sa
 
 from __future__ import annotations
 
+import copy
 import logging
 import weakref
 from collections.abc import Callable
@@ -251,6 +252,8 @@ class QuantizationCallback(Callback):
         if self._converted is None:
             return self._no_int8_yet()
         for name, graph in self._converted.items():
+            # what a graph keeps may carry state, which is that of the quantized model
+            graph = copy.deepcopy(graph) if info(graph).kept else graph
             divert(pl_module.get_submodule(name), ToGraph(graph, info(graph).interface, on_cpu=True))
         return None
 

@@ -148,7 +148,7 @@ def record_calls(model: nn.Module, run: Callable[[nn.Module], object]) -> dict[s
     for name, module in modules.items():
         if isinstance(module, torch.jit.ScriptModule):
             continue
-        _watch(module, name, enter, running.pop)
+        watch(module, name, enter, running.pop)
     with torch.no_grad(), without_fast_path():  # which calls no layer inside of attention
         run(twin)
     return {
@@ -178,7 +178,7 @@ def _way(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     return ", ".join([*interface.inputs, *(f"{name}={value!r}" for name, value in fixed)]), shapes
 
 
-def _watch(
+def watch(
     module: nn.Module,
     name: str,
     enter: Callable[[str, tuple[Any, ...], dict[str, Any]], None],

@@ -21,12 +21,13 @@ from lightning_quant.capture import Capture
 from lightning_quant.config import FormatName, QuantConfig
 from lightning_quant.errors import CoverageError
 from lightning_quant.evaluate import ValidationData, copy_of, evaluate
-from lightning_quant.exporters import Artifact, smaller
+from lightning_quant.exporters import Artifact
 from lightning_quant.exporters.torchscript import freeze
 from lightning_quant.inputs import Sample
 from lightning_quant.parts import Part, Quantized, join, put_artifacts
 from lightning_quant.progress import SILENT, Progress
 from lightning_quant.report import FormatReport
+from lightning_quant.runtime import Explicit
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +58,14 @@ def times_of(
     calls: dict[str, Any] = {}
     for part in parts:
         name = part.program.name
-        single = smaller(part.float_program, part.program.data, 1)
-        frozen = freeze(part.float_program, smaller(part.float_program, part.program.data, 2))
+        single = part.program.of_size(1, part.float_program)
+        frozen = freeze(part.float_program, part.program.of_size(2, part.float_program))
         calls[f"float/{name}"] = lambda frozen=frozen, single=single: frozen(*single)
         for artifact in artifacts:
             if artifact.target == name:
                 runner, in_float = loaded[artifact.format, name], artifact.in_float
+                if part.program.state:  # each call from the beginning
+                    runner = Explicit(runner)
                 calls[f"{artifact.format}/{name}"] = lambda runner=runner, single=single: runner(*single)
                 if in_float is not None:
                     calls[f"{artifact.format} in float/{name}"] = lambda run=in_float, single=single: run(*single)
@@ -83,8 +86,12 @@ def metrics_of_files(
         metrics[format_name] = {}
         if data is not None:
             twin = copy_of(quantized.float_module)
+            for name in interfaces:
+                loaded[format_name, name].reset_state()
             put_artifacts(twin, {name: (loaded[format_name, name], where) for name, where in interfaces.items()})
             metrics[format_name] = evaluate(twin, data, progress=progress, text=f"Validating {format_name}")
+            for name in interfaces:
+                loaded[format_name, name].reset_state()
     return metrics
 
 
@@ -138,7 +145,7 @@ _LABELS = ("class_labels", "class_names", "classes", "id2label", "class_to_idx",
 def part_sqnr_db(part: Part) -> float:
     """Of what a program gives in int8 against what it gives in float, on real input."""
     with torch.no_grad(), engine(part.program.config.engine):
-        return sqnr_db(part.float_program(*part.program.data), part.program.converted(*part.program.data))
+        return sqnr_db(part.float_program(*part.program.inputs), part.program.converted(*part.program.inputs))
 
 
 def size_bytes(module: nn.Module) -> int:
@@ -214,7 +221,7 @@ def covered_by(quantized: Quantized, captured: Capture, sample: Sample, parts: l
         batch = sample.data
         found = coverage(module, (), run=lambda: evaluate(module, batch))
     else:
-        rows = [row for part in parts for row in coverage(part.program.converted, part.program.data).rows]
+        rows = [row for part in parts for row in coverage(part.program.converted, part.program.inputs).rows]
         found = Coverage(tuple(rows))
     return as_users_know_it(found, quantized, captured)
 

@@ -19,9 +19,11 @@ from lightning_quant.errors import CaptureError, ExportError
 from lightning_quant.evaluate import copy_of
 from lightning_quant.exporters import (
     Program,
+    StateError,
     check_exportable,
     one_config,
     qdq,
+    with_explicit_state,
 )
 from lightning_quant.inputs import Sample, recorded_forward
 from lightning_quant.placement import ToGraph, divert, graft, plain_train
@@ -84,41 +86,67 @@ def join(name: str, child: str) -> str:
 
 @dataclass(frozen=True)
 class Part:
-    """One file: the program that it is written from, its float twin, and how a call becomes its inputs."""
+    """One file: the program that it is written from, its float twin, and how a call becomes its inputs.
+
+    ``refused`` says of a file of one target why there is none of more, if that is because of what it would carry from
+    call to call.
+    """
 
     program: Program
     float_program: nn.Module
     interface: Interface
+    refused: str = ""
 
 
 def parts_of(quantized: Quantized, sample: Sample, captured: Capture) -> list[Part]:
     """One part for the module's own forward if a file can hold it and it reaches every target, else one per target."""
     module = quantized.float_module
     names = outermost(quantized.converted)
+    refused = ""
     call = recorded_forward(sample.recordings, module)
     if names != ("",) and call is not None and type(module).forward is not root_of(module).LightningModule.forward:
-        part = _around(quantized, names, call) or _whole(quantized, call)
+        try:
+            part = _around(quantized, names, call) or _whole(quantized, call)
+        except StateError as error:
+            part, refused = None, str(error)
         if part is not None:
             return [part]
     parts: list[Part] = []
     pending = list(names)
     while pending:
         name = pending.pop(0)
-        part = _single(quantized, captured, name)
-        if _is_exportable(part.program):
+        try:
+            part = _single(quantized, captured, name)
+            check_exportable(part.program)
             parts.append(part)
-        else:
+        except ExportError as error:
+            refused = refused or (str(error) if isinstance(error, StateError) else "")
             inside = {n: g for n, g in quantized.converted.items() if n != name and n.startswith(join(name, ""))}
             pending = [*outermost(inside), *pending]
-    return parts
+    if refused and not parts:
+        raise StateError(refused)
+    return [replace(part, refused=refused) for part in parts]
 
 
-def _is_exportable(program: Program) -> bool:
+def _exportable(make: Callable[[], Program], interface: Interface) -> Part | None:
+    """The part of a module's own forward; None, if it is one that no file can hold.
+
+    Raises:
+        StateError: It cannot because of what it carries from call to call.
+    """
     try:
+        program = make()
         check_exportable(program)
+    except StateError:
+        raise
     except ExportError:
-        return False
-    return True
+        return None
+    return _part(program, interface)
+
+
+def _part(program: Program, interface: Interface) -> Part:
+    assert program.in_float is not None
+    return Part(program, program.in_float, interface)
 
 
 def outermost(graphs: Iterable[str]) -> tuple[str, ...]:
@@ -151,16 +179,18 @@ def _around(quantized: Quantized, names: tuple[str, ...], call: Call) -> Part | 
             program.add_submodule(name, Captured(graphs[name], info(quantized.converted[name]).interface))
         return program.eval()
 
-    program = _program(
-        "",
-        filled(quantized.converted),
-        lambda: filled(_in_qdq(quantized)[1]),
+    return _exportable(
+        lambda: _program(
+            "",
+            filled(quantized.converted),
+            lambda: filled(_in_qdq(quantized)[1]),
+            interface,
+            call,
+            quantized,
+            in_float=around,
+        ),
         interface,
-        call,
-        quantized,
-        in_float=around,
     )
-    return Part(program, around, interface) if _is_exportable(program) else None
 
 
 def _whole(quantized: Quantized, call: Call) -> Part | None:
@@ -179,18 +209,19 @@ def _whole(quantized: Quantized, call: Call) -> Part | None:
     if not reached.keys() >= set(quantized.converted):
         return None
     interface = interface.returning(shape_of(output))
-    in_float = Positional(quantized.float_module, interface)
-    program = _program(
-        "",
-        Positional(quantized.module, interface),
-        lambda: Positional(_in_qdq(quantized)[0], interface),
+    return _exportable(
+        lambda: _program(
+            "",
+            Positional(quantized.module, interface),
+            lambda: Positional(_in_qdq(quantized)[0], interface),
+            interface,
+            call,
+            quantized,
+            opaque=True,
+            in_float=Positional(quantized.float_module, interface),
+        ),
         interface,
-        call,
-        quantized,
-        opaque=True,
-        in_float=in_float,
     )
-    return Part(program, in_float, interface) if _is_exportable(program) else None
 
 
 def _single(quantized: Quantized, captured: Capture, name: str) -> Part:
@@ -212,8 +243,7 @@ def _single(quantized: Quantized, captured: Capture, name: str) -> Part:
         opaque=bool(known.kept),
         in_float=float_program,
     )
-    program = replace(program, free_dims=target.free_dims)
-    return Part(program, float_program, known.interface)
+    return _part(replace(program, free_dims=target.free_dims), known.interface)
 
 
 def _program(
@@ -229,7 +259,7 @@ def _program(
 ) -> Program:
     infos = [info(graph) for graph in quantized.converted.values()]
     inside = any(known.kept for known in infos)
-    return Program(
+    program = Program(
         name,
         converted,
         in_qdq,
@@ -240,6 +270,7 @@ def _program(
         opaque=opaque or (inside and not name),
         in_float=in_float,
     )
+    return with_explicit_state(program)
 
 
 def put_artifacts(module: Any, files: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from lightning_quant._torch_ao import quiet
 from lightning_quant.analysis.coverage import Coverage
 from lightning_quant.backends import capture_targets, prepare_target
 from lightning_quant.backends.graph import info
+from lightning_quant.backends.state import unchanged
 from lightning_quant.capture import Capture
 from lightning_quant.config import ExportConfig, Method, QuantConfig, resolve_formats
 from lightning_quant.errors import ConfigError
@@ -174,7 +175,10 @@ def deliver(
     callbacks = [counter.callback] if counter else []
     metrics_int8 = {}
     if data:
-        metrics_int8 = evaluate(quantized.module, data, callbacks=callbacks, progress=progress, text="Validating int8")
+        with unchanged(quantized.module):
+            metrics_int8 = evaluate(
+                quantized.module, data, callbacks=callbacks, progress=progress, text="Validating int8"
+            )
     num_samples = counter.of_all(data.team) if counter and data else None
     parts = parts_of(quantized, sample, captured)
     covered = covered_by(quantized, captured, sample, parts)
@@ -277,6 +281,7 @@ def _report(
         notes.append(NO_HTML)
     if len(parts) > 1 or parts[0].program.name:
         notes.append("The module's own forward could not be captured around its targets: there is one file per target.")
+        notes += [f"That is because of its state. {part.refused}" for part in parts[:1] if part.refused]
     return QuantReport(
         method=method,
         config={**asdict(resolved), "targets": list(config.targets), "skip": list(config.skip)},

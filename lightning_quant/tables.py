@@ -50,6 +50,9 @@ def print_file(path: Path, metadata: dict[str, Any], full: bool) -> None:
     print_table(console, "inputs (*: any size)", ("name", "shape", "exported with", "dtype"), inputs)
     outputs = zip(metadata["outputs"], metadata["output_dtypes"], strict=True)
     print_table(console, "outputs", ("name", "dtype"), outputs)
+    if state := metadata.get("state"):
+        kept = [(e["name"], shown_shape(e["shape"]), e["dtype"], e["input"], e["output"]) for e in state]
+        print_table(console, "state", ("buffer", "shape", "dtype", "input", "output"), kept)
     if metadata["metrics"]:
         title = "metrics of the model"
         print_table(console, title, ("", *metadata["metrics"]), _metrics(metadata["metrics"]), right=True)

@@ -18,7 +18,7 @@ from models import Residual, calibrated, decibels, settle
 from roots import pl
 from test_docs import blocks
 
-from lightning_quant import ExportConfig, QuantConfig, export, load
+from lightning_quant import ExportConfig, QuantConfig, export, load, prepare
 from lightning_quant.cli import main
 from lightning_quant.config import FormatName
 from lightning_quant.demo import Digits, DigitsClassifier
@@ -112,7 +112,8 @@ def check_logits(folder: Path, name: str, logits: torch.Tensor) -> None:
     assert decibels(reference, logits) > SAME_DB
 
 
-PYTHON = blocks(PAGE)
+PYTHON = [block for block in blocks(PAGE) if 'metadata["state"]' not in block]
+WITH_STATE = [block for block in blocks(PAGE) if 'metadata["state"]' in block]
 RUNNING = [block for block in PYTHON if "logits" in block]
 READING = [block for block in PYTHON if "logits" not in block]
 
@@ -140,6 +141,57 @@ def test_a_file_runs_without_this_package(block: str, folder: Path) -> None:
 @pytest.mark.parametrize("block", [block for block in RUNNING if "aoti" in block], ids=file_of)
 def test_a_compiled_file_runs_without_this_package(block: str, compiled_folder: Path) -> None:
     check_runs(block, compiled_folder)
+
+
+class Remembering(torch.nn.Module):
+    """A convolution over a stream, and a count of its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv1d(2, 3, 3)
+        self.register_buffer("last", torch.full((1, 2, 2), 0.5))
+        self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        padded = torch.cat([self.last, x], 2)
+        self.last = padded[:, :, -2:]
+        self.calls += 1
+        return self.conv(padded) * self.calls
+
+
+@pytest.mark.parametrize("block", WITH_STATE, ids=file_of)
+def test_a_file_with_state_runs_without_this_package(block: str, folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    shutil.copytree(folder / "blocker", tmp_path / "blocker")
+    model, stream = Remembering().eval(), torch.randn(4, 1, 2, 16)
+    np.save(tmp_path / "stream.npy", stream.numpy())
+    config = QuantConfig(reduce_range=True)
+    settings = ExportConfig(directory=tmp_path / "quantized", formats=("onnx", "openvino"))
+    prepared = prepare(model, config, method="static", example_inputs=stream[0])
+    with torch.no_grad():
+        for x in stream:
+            prepared(x)
+    export(prepared, None, settings, example_inputs=stream[0])
+    done = run(f"{block}\nlogits = outputs\ndel metadata\n{EPILOGUE}", tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = torch.from_numpy(np.load(tmp_path / "logits.npy"))
+    loaded = load(tmp_path / "quantized" / file_of(block))
+    with torch.inference_mode():
+        assert decibels(torch.stack([loaded(x) for x in stream]), found) > SAME_DB
+        assert decibels(torch.stack([model(x) for x in stream]), found) > 25
+
+
+def test_state_is_described_as_the_page_says(tmp_path: Path) -> None:
+    table = PAGE.read_text(encoding="utf8").split("| key of an entry | what it is |")[1]
+    rows = table.split("\n\n")[0].splitlines()
+    named = [key for row in rows for key in re.findall(r"`(\w+)`", row.partition("|")[2].partition("|")[0])]
+    example = torch.randn(1, 2, 16)
+    prepared = calibrated(Remembering().eval(), example)
+    settings = ExportConfig(directory=tmp_path, formats=("torchscript",))
+    export(prepared, None, settings, example_inputs=example)
+    entries = read_metadata(tmp_path / "model.ts")["state"]
+    assert [entry["input"] for entry in entries] == ["state_calls", "state_last"]
+    assert all(sorted(entry) == sorted(named) for entry in entries)
 
 
 @pytest.mark.parametrize("block", READING, ids=file_of)

@@ -18,6 +18,7 @@ from torch import nn
 
 from lightning_quant.arguments import Call, Captured, Interface
 from lightning_quant.backends.graph import Backend, Feasible, Prepared, info, is_graph, named, put
+from lightning_quant.backends.initial import Watched, begin_again, remember
 from lightning_quant.backends.swapping import KEPT_WHOLE
 from lightning_quant.backends.tracing import LAYER
 from lightning_quant.capture import Capture, detached, find_targets, record_calls
@@ -90,14 +91,17 @@ def prepare(model: nn.Module, config: QuantConfig | None = None, *, method: Meth
     config = config or QuantConfig()
     check_method(config, method)
     call = as_call(example_inputs)
-    recordings = record_calls(model, lambda twin: twin(*call.args, **call.keywords))
+    watched = Watched()
+    recordings = record_calls(model, lambda twin: watched.run(twin, call.args, call.keywords))
     capture = capture_targets(model, recordings, config, method)
     memo: dict[int, Any] = {id(p): p for p in model.parameters()} if method == "qat" else {}
     twin = copy.deepcopy(model, memo)
     twin.train(method == "qat")
     uncompile(twin)
     graphs = {target.name: prepare_target(model, capture, target.name, config, method) for target in capture.targets}
-    return assemble(twin, graphs, {name: info(graph) for name, graph in graphs.items()})
+    prepared = assemble(twin, graphs, {name: info(graph) for name, graph in graphs.items()})
+    remember(prepared, watched.of(model, trained=method == "qat"))
+    return prepared
 
 
 def inner_first(names: Iterable[str]) -> list[str]:
@@ -239,6 +243,7 @@ def each_graph(
     if not names:
         raise CaptureError(f"{type(prepared).__name__} was not made by lightning_quant.prepare: prepare it first.")
     twin = copy.deepcopy(prepared).cpu().eval()
+    begin_again(twin)
     # the inner ones first: they are inside of what the outer ones keep
     for name in inner_first(names):
         graph = twin.get_submodule(name)

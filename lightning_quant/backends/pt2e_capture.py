@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lightning_quant.arguments import Call, Interface, batch_size, signature_of, with_batch
 from lightning_quant.backends.graph import place_of
-from lightning_quant.backends.state import carries, put_back, state_of
+from lightning_quant.backends.state import carries, put_back, state_of, tensors_of
 from lightning_quant.errors import CaptureError, first_line, where
 from lightning_quant.modes import without_fast_path
 from lightning_quant.structures import agree, plain, shape_of
@@ -137,19 +137,17 @@ def _evaluated(target: nn.Module, interface: Interface, data: tuple[Any, ...]) -
     args, kwargs = interface.rebuild(copy.deepcopy(data))
     before = {part: state_of(part) for part in target.modules()}
     batch_norms = tuple(f"{name}." for name, part in target.named_modules() if isinstance(part, _BATCH_NORM))
-    values = {name: x.clone() for name, x in target.named_buffers() if not name.startswith(batch_norms)}
+    tensors = tensors_of(target)
     try:
         with without_fast_path(), torch.no_grad(), torch.random.fork_rng(devices=[]):
             output = target(*args, **kwargs)
     finally:
-        changed = [name for part, state in before.items() for name in put_back(part, state)]
-    for name, value in values.items():
-        buffer = target.get_buffer(name)
-        if not torch.equal(buffer, value):
-            buffer.copy_(value)
-            changed.append(name)
-    if changed:
-        raise CaptureError(carries(sorted(set(changed))))
+        written = [name for name in tensors.written() if not name.startswith(batch_norms)]
+        written += tensors.written_attributes()
+        changed = [k for part, state in before.items() for k in put_back(part, state) if k not in part._buffers]
+        tensors.put_back()
+    if written or changed:
+        raise CaptureError(carries(sorted({*written, *changed})))
     return interface.returning(shape_of(output)), plain(output)
 
 

@@ -26,7 +26,7 @@ from lightning_quant._torch_ao import QuantizationTracer
 from lightning_quant.arguments import Call, Interface, signature_of
 from lightning_quant.backends.recurrent import expose_recurrent
 from lightning_quant.backends.rewriting import Opaque, rewrite
-from lightning_quant.backends.state import carries, put_back, state_of
+from lightning_quant.backends.state import carries, put_back, state_of, tensors_of, writers
 from lightning_quant.backends.written_out import expose_batch_norms, is_written_out, written_out
 from lightning_quant.errors import CaptureError, first_line, where
 from lightning_quant.modes import without_fast_path
@@ -298,10 +298,18 @@ def _trace_with_modes(
 def _trace_in_evaluation(root: nn.Module, call: Call, kept: dict[str, str]) -> Traced:
     """The graph of eval mode, which gives for ``call`` what ``root`` gives."""
     root.eval()
+    try:
+        expected, written = _answer(root, call)
+    except Exception:  # whatever the user's code raises; what a trace says of it is more to the point
+        _trace_once(root, call, kept)
+        raise
+    if written:
+        # before the trace, which would write into them
+        kept = kept | _writers_to_keep(root, call, kept)
     while True:
         own = set(root.__dict__)
         traced = _trace_once(root, call, kept)
-        checked = _checked(traced, root, call)
+        checked = _checked(traced, root, call, expected)
         for name in set(root.__dict__) - own:  # constants, which the next trace would give other names
             del root.__dict__[name]
         if isinstance(checked, Traced):
@@ -322,22 +330,50 @@ class _Runner(fx.Interpreter):
         return super().run_node(n)
 
 
-def _checked(traced: Traced, root: nn.Module, call: Call) -> Traced | tuple[str, str]:
+def _answer(root: nn.Module, call: Call) -> tuple[Any, list[str]]:
+    """What ``root`` gives for ``call``, and which of its tensors it writes. It is left as it is."""
+    parts = [part for part in root.modules() if not isinstance(part, torch.jit.ScriptModule)]
+    with without_fast_path(), torch.no_grad(), torch.random.fork_rng(devices=[]):  # its padded positions are zero
+        torch.manual_seed(torch.initial_seed())
+        twin = copy.deepcopy(call)
+        before = {part: state_of(part) for part in parts}
+        tensors = tensors_of(root)
+        try:
+            expected = root(*twin.args, **twin.keywords)
+        finally:
+            written = [*tensors.written(), *tensors.written_attributes()]
+            for part, state in before.items():
+                put_back(part, state)
+            tensors.put_back()
+    return expected, written
+
+
+def _writers_to_keep(root: nn.Module, call: Call, kept: dict[str, str]) -> dict[str, str]:
+    """The outermost submodules that write such tensors, and are not in ``kept`` -> what to say of them.
+
+    Raises:
+        CaptureError: The forward of ``root`` itself writes one.
+    """
+    with without_fast_path():
+        found = writers(root, call)
+    own = [name for name in found if not any(f"{name}.".startswith(f"{other}.") for other in kept)]
+    if "" in found and "" not in kept:
+        raise _Untraceable(carries(found[""]))
+    outer = [name for name in own if not any(name.startswith(f"{other}.") for other in own)]
+    return {name: carries([buffer.removeprefix(f"{name}.") for buffer in found[name]]) for name in outer}
+
+
+def _checked(traced: Traced, root: nn.Module, call: Call, expected: Any) -> Traced | tuple[str, str]:
     """``traced``, which knows what ``root`` returns; or at which submodule the graph cannot run, and why.
 
-    The name is ``""`` where the graph computes something else.
+    The name is ``""`` where the graph computes something else than ``expected``.
     """
     runner = _Runner(traced.graph_module)
     runner.extra_traceback = False
-    with without_fast_path(), torch.no_grad(), torch.random.fork_rng(devices=[]):  # its padded positions are zero
-        seed = torch.initial_seed()
-        torch.manual_seed(seed)
-        twin = copy.deepcopy(call)
+    with without_fast_path(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch.initial_seed())
         before = {part: state_of(part) for part in root.modules() if not isinstance(part, torch.jit.ScriptModule)}
-        expected = root(*twin.args, **twin.keywords)
-        for part, state in before.items():
-            put_back(part, state)
-        torch.manual_seed(seed)
+        tensors = tensors_of(root)
         data = copy.deepcopy(traced.interface.flatten(call.args, call.keywords))
         try:
             found = runner.run(*data)
@@ -348,6 +384,7 @@ def _checked(traced: Traced, root: nn.Module, call: Call) -> Traced | tuple[str,
         finally:
             for part, state in before.items():
                 put_back(part, state)
+            tensors.put_back()
     if agree(plain(expected), plain(found)):
         loose = shape_of(found) is not None
         return replace(traced, interface=traced.interface.returning(shape_of(expected)), loose=loose)

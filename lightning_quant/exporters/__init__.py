@@ -11,16 +11,19 @@ from torch import nn
 from lightning_quant import backends
 from lightning_quant.arguments import Captured, Interface, Positional, signature_of
 from lightning_quant.backends.graph import info, is_graph
+from lightning_quant.backends.initial import initial_of
 from lightning_quant.config import ExportConfig, QuantConfig, resolve_formats
 from lightning_quant.errors import ConfigError
+from lightning_quant.exporters.describing import Facts
 from lightning_quant.exporters.program import Program, check_exportable, one_config, smaller
 from lightning_quant.exporters.qdq import to_qdq
+from lightning_quant.exporters.state import StateError, with_explicit_state
 from lightning_quant.exporters.verification import MIN_SQNR_DB
-from lightning_quant.exporters.writing import Artifact, Facts, check_writable, files_of, write
+from lightning_quant.exporters.writing import Artifact, check_writable, files_of, write
 
 __all__ = [
-    "MIN_SQNR_DB", "Artifact", "Facts", "Program", "check_exportable", "check_writable", "export", "files_of",
-    "one_config", "qdq", "smaller", "write",
+    "MIN_SQNR_DB", "Artifact", "Facts", "Program", "StateError", "check_exportable", "check_writable", "export",
+    "files_of", "one_config", "qdq", "smaller", "with_explicit_state", "write",
 ]  # fmt: skip
 
 
@@ -71,6 +74,8 @@ def export(
         infos[0].method,
         opaque=not whole or any(known.kept for known in infos),
     )
+    if initial_of(prepared) is not None:
+        program = with_explicit_state(program)
     artifacts, _ = write([program], formats, export_config.path, fastest=export_config.skip_slow)
     return {artifact.format: artifact.path for artifact in artifacts}
 

@@ -12,6 +12,7 @@ import torch
 
 from lightning_quant._torch_ao import quiet
 from lightning_quant.errors import ExportError, MissingExtraError
+from lightning_quant.runtime.state import tensor_names
 
 METADATA_KEY = "lightning_quant"
 
@@ -23,7 +24,7 @@ def export(program: torch.export.ExportedProgram, path: Path, metadata: dict[str
         program: From :func:`lightning_quant.exporters.qdq.to_program`.
         path: Where to.
         metadata: JSON values, stored in the file's ``metadata_props``. ``tensors`` and ``outputs`` are the names of its
-            inputs and outputs.
+            inputs and outputs, and those in ``state`` come behind them.
 
     Raises:
         MissingExtraError: onnx or onnxscript is not installed.
@@ -60,7 +61,7 @@ def to_model(program: torch.export.ExportedProgram, metadata: dict[str, Any], sc
     except ImportError as error:
         raise MissingExtraError(str(error.name), "onnx", f"format {metadata['format']!r}") from error
 
-    names, outputs = metadata["tensors"], metadata["outputs"]
+    names, outputs = tensor_names(metadata)
     try:
         with quiet(), _quiet_exporter(), torch.no_grad():
             written = torch.onnx.export(

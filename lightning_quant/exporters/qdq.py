@@ -109,7 +109,12 @@ class Variadic(nn.Module):
 
 
 def to_program(
-    module: nn.Module, inputs: tuple[Any, ...], free_dims: tuple[tuple[int, ...], ...]
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    free_dims: tuple[tuple[int, ...], ...],
+    state: tuple[Any, ...] = (),
+    *,
+    one_sample: bool = False,
 ) -> torch.export.ExportedProgram:
     """``module`` as a ``torch.export`` program with a free batch dimension.
 
@@ -118,15 +123,20 @@ def to_program(
         inputs: Example data with at least two samples: the first dimension of every tensor that has as many rows as
             the first one becomes the batch.
         free_dims: For each input, other dimensions that are free; empty: none are.
+        state: What it takes behind them, of sizes that are fixed.
+        one_sample: The batch is not free, and 1.
 
     Raises:
         ExportError: It cannot be captured with a free batch dimension.
     """
-    shapes = dynamic_shapes(inputs, torch.export.Dim("batch", min=1), free_dims)
+    batch = None if one_sample else torch.export.Dim("batch", min=1)
+    shapes = (*dynamic_shapes(inputs, batch, free_dims), *(None for _ in state))
     try:
         with quiet(), warnings.catch_warnings(), torch.no_grad():
             warnings.filterwarnings("ignore", module="torch.export")
-            program = torch.export.export(Variadic(module).eval(), inputs, dynamic_shapes=(shapes,), strict=False)
+            program = torch.export.export(
+                Variadic(module).eval(), (*inputs, *state), dynamic_shapes=(shapes,), strict=False
+            )
     except RuntimeError as error:  # torch.export's own errors, and those of the operators that it runs
         raise ExportError(
             f"torch.export cannot capture the model with a free batch dimension: {error}\nLeave the part that it names "
@@ -142,14 +152,16 @@ def dynamic_shapes(inputs: tuple[Any, ...], batch: Any, free_dims: tuple[tuple[i
 
     Args:
         inputs: Example data.
-        batch: A dimension of ``torch.export``.
+        batch: A dimension of ``torch.export``; None: it is not free.
         free_dims: For each input, other dimensions that are free; empty: none are.
     """
     tensors = [x for x in tree_flatten(inputs)[0] if isinstance(x, torch.Tensor) and x.dim()]
     size = tensors[0].shape[0] if tensors else 0
 
     def shape(x: Any) -> Any:
-        return {0: batch} if isinstance(x, torch.Tensor) and x.dim() and x.shape[0] == size else None
+        if batch is None or not isinstance(x, torch.Tensor) or not x.dim() or x.shape[0] != size:
+            return None
+        return {0: batch}
 
     shapes = tuple(tree_map(shape, inputs))
     for number, dims in enumerate(free_dims):

@@ -24,6 +24,8 @@ def freeze(module: nn.Module, inputs: tuple[Any, ...]) -> torch.jit.ScriptModule
     with quiet(), warnings.catch_warnings(), torch.no_grad():
         # graphs have no branches on data; those that torch warns of are inside its own int8 recurrent layers
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+        # torch asks each module, metrics among them, for all of its properties
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
         traced = torch.jit.trace(module.eval(), inputs, check_trace=False, strict=False)
         frozen: torch.jit.ScriptModule = torch.jit.freeze(_on_its_own(traced))
     return frozen

@@ -10,14 +10,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, treespec_dumps
+from torch.utils._pytree import tree_flatten, treespec_dumps
 
 from lightning_quant.analysis.sqnr import float_tensors
 from lightning_quant.backends.graph import engine
@@ -31,12 +30,12 @@ from lightning_quant.errors import (
     first_line,
 )
 from lightning_quant.exporters import aoti, onnx, openvino, pt2, skip_slow, torchscript
+from lightning_quant.exporters.describing import NO_FACTS, Facts, any_sizes, metadata_of, metadata_of_part, shapes_of
 from lightning_quant.exporters.layouts import LAYOUTS, int8_layers, laid_out
-from lightning_quant.exporters.program import Program, check_exportable, smaller
+from lightning_quant.exporters.program import Program, check_exportable
 from lightning_quant.exporters.qdq import to_program
 from lightning_quant.exporters.verification import first_difference, verify
-from lightning_quant.runtime import FORMAT_VERSION, files_of, load
-from lightning_quant.structures import Setting, described
+from lightning_quant.runtime import Explicit, files_of, load
 
 Exported = torch.export.ExportedProgram
 
@@ -79,19 +78,6 @@ class Artifact:
     in_float: nn.Module | None = None
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What a file says of the model, beside what can be seen in it.
-
-    Attributes:
-        metrics: As ``{"float": {"val_acc": 0.97}, "int8": {"val_acc": 0.96}}``.
-        class_labels: In the order of the outputs; None: not known.
-    """
-
-    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
-    class_labels: tuple[str, ...] | None = None
-
-
 class FormatError(ExportError):
     """A format cannot hold a program."""
 
@@ -126,7 +112,7 @@ def write(
     *,
     fastest: bool = False,
     with_float: bool = False,
-    facts: Facts = Facts(),
+    facts: Facts = NO_FACTS,
     tell: Callable[[str], object] = lambda text: None,
 ) -> tuple[tuple[Artifact, ...], dict[str, str]]:
     """Write each program in each format.
@@ -188,9 +174,11 @@ class _Writer:
         self.with_float = with_float
         self.facts = facts
         self.tell = tell
-        self.single = smaller(program.converted, program.data, 1)
-        self.double = smaller(program.converted, program.data, 2)
-        self.output = self._run(program.converted)
+        #: One and two samples, each with the state behind them.
+        self.single = program.of_size(1)
+        self.double = program.of_size(2)
+        output = self._run(program.converted)
+        self.output = output[0] if program.state else output
         self._neutral: Exported | ExportError | None = None
 
     def neutral(self) -> Exported:
@@ -203,12 +191,19 @@ class _Writer:
             # two samples: with one, exporters take the batch for a constant
             try:
                 with engine(self.program.config.engine):
-                    self._neutral = to_program(self.program.qdq(), self.double, self.program.free_dims)
+                    self._neutral = self._exported_program()
             except ExportError as error:
                 self._neutral = error
         if isinstance(self._neutral, ExportError):
             raise self._neutral
         return self._neutral
+
+    def _exported_program(self) -> Exported:
+        count = len(self.program.data)
+        return to_program(
+            self.program.qdq(), self.double[:count], self.program.free_dims, self.double[count:],
+            one_sample=self.program.one_sample,
+        )  # fmt: skip
 
     def write(self, name: FormatName, path: Path) -> Artifact:
         """One checked file.
@@ -237,7 +232,7 @@ class _Writer:
 
     def _run(self, module: nn.Module) -> Any:
         with torch.no_grad(), engine(self.program.config.engine):
-            return module(*self.program.data)
+            return module(*self.program.inputs)
 
     def _torchscript(self, label: str, path: Path) -> Artifact:
         source = self.program.converted
@@ -247,7 +242,7 @@ class _Writer:
             torchscript.freeze(source, self.double), torchscript.freeze(in_float, self.double), self.single
         ):  # fmt: skip
             source, left_float = in_float, ("",)
-        shapes = _free_batch(self.double)
+        shapes = any_sizes(self.program)
         torchscript.export(source, self.double, path, self._metadata("torchscript", shapes, left_float))
         return self._checked(label, "torchscript", path, source, left_float, lambda needed: "")
 
@@ -257,14 +252,12 @@ class _Writer:
         left_float: tuple[str, ...] = ()
 
         def export(program: Exported, to: Path) -> nn.Module:
-            EXPORTERS[name](program, to, self._metadata(name, _shapes(program), left_float))
+            EXPORTERS[name](program, to, self._metadata(name, shapes_of(program), left_float))
             return _reload(label, to)
 
         def export_part(part: Exported, folder: Path) -> nn.Module:
             to = folder / path.name
-            outputs = [torch.zeros(())] * len(part.graph_signature.user_outputs)
-            own = {"outputs": _output_names(outputs), "output_spec": treespec_dumps(tree_flatten(outputs)[1])}
-            EXPORTERS[name](part, to, {**self._metadata(name, _shapes(part), left_float), **own})
+            EXPORTERS[name](part, to, metadata_of_part(self._metadata(name, shapes_of(part), left_float), part))
             return _reload(label, to)
 
         if self.fastest and name in skip_slow.FORMATS:
@@ -273,7 +266,7 @@ class _Writer:
                 whole=name in skip_slow.WHOLE,
             )  # fmt: skip
         program = laid_out(neutral, layout, left_float)
-        EXPORTERS[name](program, path, self._metadata(name, _shapes(program), left_float))
+        EXPORTERS[name](program, path, self._metadata(name, shapes_of(program), left_float))
 
         def differs_at(needed: float) -> str:
             return first_difference(program, export_part, self.single, needed)
@@ -298,7 +291,7 @@ class _Writer:
         self.tell(f"Checking {name}")
         try:
             figure = verify(
-                label, _reload(label, path), source, [program.data, self.single],
+                label, _reload(label, path), source, self._calls(source),
                 in_float=program.in_float, converted=program.converted, differs_at=differs_at,
             )  # fmt: skip
         except ExportError as error:
@@ -306,35 +299,16 @@ class _Writer:
         size = sum(file.stat().st_size for file in files_of(path))
         return Artifact(name, program.name, path, size, figure, left_float)
 
+    def _calls(self, source: nn.Module) -> list[tuple[Any, ...]]:
+        """What a file is compared on. One that ignores its state may be right in the first call alone."""
+        calls = [self.program.inputs, self.single]
+        if self.program.state:
+            _, state = self._run(source)
+            calls.append((*self.program.data, *state))
+        return calls
+
     def _metadata(self, name: str, shapes: list[list[int | None]], left_float: tuple[str, ...]) -> dict[str, Any]:
-        program = self.program
-        tensors = [x for x in tree_flatten(program.data)[0] if isinstance(x, torch.Tensor)]
-        leaves, spec = tree_flatten(self.output)
-        return {
-            "format_version": FORMAT_VERSION,
-            "torch": torch.__version__,
-            "lightning_quant": _version(),
-            "format": name,
-            "method": program.method,
-            "config": asdict(program.config),
-            "target": program.name,
-            "inputs": list(program.interface.inputs),
-            "parameters": {
-                key: described(part)
-                for key, part in program.interface.structures.items()
-                if not isinstance(part, Setting)
-            },
-            "tensors": _flat_names(list(program.interface.inputs), program.data),
-            "shapes": shapes,
-            "input_shapes": [list(x.shape) for x in tensors],
-            "input_dtypes": [str(x.dtype) for x in tensors],
-            "outputs": _output_names(self.output),
-            "output_dtypes": [str(x.dtype) for x in leaves],
-            "output_spec": treespec_dumps(spec),
-            "left_float": list(left_float),
-            "metrics": self.facts.metrics,
-            "class_labels": None if self.facts.class_labels is None else list(self.facts.class_labels),
-        }
+        return metadata_of(self.program, self.output, name, shapes, left_float, self.facts)
 
 
 class _WrongFile(ExportError):
@@ -342,8 +316,10 @@ class _WrongFile(ExportError):
 
 
 def _reload(label: str, path: Path) -> nn.Module:
+    """The file; as a function of its data and its state, if it has any."""
     try:
-        return load(path)
+        loaded = load(path)
+        return Explicit(loaded) if loaded.state else loaded
     except ArtifactError as error:
         raise _WrongFile(f"{label}: the file that was just written cannot be loaded: {error}") from error
 
@@ -364,41 +340,3 @@ def _check_outputs(label: str, output: Any) -> None:
         treespec_dumps(spec)
     except (NotImplementedError, TypeError) as error:
         raise ExportError(f"{label}: forward returns {type(output).__name__}; return a tuple or a dict.") from error
-
-
-def _shapes(program: Exported) -> list[list[int | None]]:
-    """The sizes of each input of a program; None: any."""
-    inputs = set(program.graph_signature.user_inputs)
-    return [
-        [size if isinstance(size, int) else None for size in node.meta["val"].shape]
-        for node in program.graph.nodes
-        if node.op == "placeholder" and node.name in inputs and isinstance(node.meta.get("val"), torch.Tensor)
-    ]
-
-
-def _free_batch(data: tuple[Any, ...]) -> list[list[int | None]]:
-    """TorchScript has no shapes: what it takes depends on what it computes with them."""
-    return [[None] * x.dim() for x in tree_flatten(data)[0] if isinstance(x, torch.Tensor)]
-
-
-def _flat_names(names: list[str], inputs: tuple[Any, ...]) -> list[str]:
-    """One name per tensor: the parameter's, numbered where the parameter is a container."""
-    flat: list[str] = []
-    for name, value in zip(names, inputs, strict=True):
-        count = len([x for x in tree_flatten(value)[0] if isinstance(x, torch.Tensor)])
-        flat.extend([name] if count == 1 else [f"{name}_{i}" for i in range(count)])
-    return flat
-
-
-def _output_names(output: Any) -> list[str]:
-    """``output``; or, of several, their keys and indices in what forward returns."""
-    paths = [path for path, _ in tree_flatten_with_path(output)[0]]
-    names = ["_".join(keystr((key,)).strip("[].'\"") for key in path) for path in paths]
-    return [name if name and not name[0].isdigit() else f"output{'_' * bool(name)}{name}" for name in names]
-
-
-def _version() -> str:
-    try:
-        return version("lightning-quant")
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        return "unknown"

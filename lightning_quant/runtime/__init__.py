@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from lightning_quant.config import cpu_has_vnni
-from lightning_quant.runtime.artifact import Artifact
+from lightning_quant.runtime.artifact import Artifact, Explicit
 from lightning_quant.runtime.metadata import FORMAT_VERSION, METADATA_FILE, METADATA_KEY, files_of, read_metadata
 from lightning_quant.runtime.of_onnx import load_onnx
 from lightning_quant.runtime.of_openvino import load_openvino
 from lightning_quant.runtime.of_torch import load_pt2, load_torchscript
 
-__all__ = ["FORMAT_VERSION", "METADATA_FILE", "METADATA_KEY", "Artifact", "files_of", "load", "read_metadata"]
+__all__ = [
+    "FORMAT_VERSION", "METADATA_FILE", "METADATA_KEY", "Artifact", "Explicit", "files_of", "load", "read_metadata",
+]  # fmt: skip
 
 _LOADERS: dict[str, Callable[[Path, dict[str, Any]], Artifact]] = {
     ".onnx": load_onnx,
@@ -34,7 +36,8 @@ def load(path: str | Path) -> Artifact:
 
     Returns:
         A module on the CPU in eval mode, with ``metadata``. It takes the tensors that the original took, by position
-        or by name, with any batch size, and gives what the original gave.
+        or by name, with any batch size, and gives what the original gave. What the original keeps in buffers from
+        call to call, it keeps in ``state``.
 
     Raises:
         ArtifactError: There is no such file, it is truncated, or this package did not write it.

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_loads
 
 from lightning_quant.errors import ArtifactError
 from lightning_quant.formatting import shown_shape
+from lightning_quant.runtime.state import State
 from lightning_quant.structures import collect
 
 
 class Artifact(nn.Module):
     """A loaded file. It is on the CPU, in eval mode, and has no Parameters.
+
+    What a model keeps in buffers from call to call is ``state``, which is fed to the file and taken from it again.
 
     Attributes:
         metadata: What the file says of itself; see docs/deploy.md.
@@ -23,6 +27,54 @@ class Artifact(nn.Module):
     def __init__(self, metadata: dict[str, Any]) -> None:
         super().__init__()
         self.metadata = metadata
+        self._state = State(metadata.get("state", []))
+
+    @property
+    def state(self) -> State:
+        """Name of a buffer that the model's forward changes -> its value now. Empty: it changes none.
+
+        ``file.state["last"] = value`` sets one, ``file.state = {"last": value}`` all of them.
+
+        Raises:
+            ArtifactError: Where it is set: a name, dtype or shape is not that of the file.
+        """
+        return self._state
+
+    @state.setter
+    def state(self, values: Mapping[str, torch.Tensor]) -> None:
+        self._state.replace(values)
+
+    def reset_state(self) -> None:
+        """Let the next call be the first one again."""
+        self._state.reset()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output for its inputs, by position or by name."""
+        output, state = self.compute(self.ordered(args, kwargs), tuple(self._state.values()))
+        self._state.follow(state)
+        return output
+
+    def compute(self, data: tuple[Any, ...], state: tuple[torch.Tensor, ...]) -> tuple[Any, tuple[torch.Tensor, ...]]:
+        """Run the file once, whatever ``self.state`` is.
+
+        Args:
+            data: From :meth:`ordered`.
+            state: In the order of ``self.state``.
+
+        Returns:
+            The model's output, and the new state.
+        """
+        raise NotImplementedError  # each runtime has its own
+
+    def _taken_apart(self, flat: Sequence[torch.Tensor]) -> tuple[Any, tuple[torch.Tensor, ...]]:
+        """What the runtime gave, as :meth:`compute` gives it."""
+        count = len(flat) - len(self._state)
+        return tree_unflatten(list(flat[:count]), treespec_loads(self.metadata["output_spec"])), tuple(flat[count:])
+
+    def _like(self, twin: Artifact) -> Artifact:
+        """``twin`` with the mode and the state of this one."""
+        twin.state = self.state
+        return twin.train(self.training)
 
     def ordered(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """The data of a call, in the order of the file's inputs.
@@ -72,3 +124,19 @@ class Artifact(nn.Module):
                     f"{name} has the shape {tuple(tensor.shape)}; this artifact takes {shown_shape(shape)}, where * is "
                     "any size."
                 )
+
+
+class Explicit(nn.Module):
+    """A loaded file as a function of its data and its state, by position, which gives ``(output, new state)``.
+
+    The state of the file itself does not move.
+    """
+
+    def __init__(self, artifact: Artifact) -> None:
+        super().__init__()
+        self.artifact = artifact
+
+    def forward(self, *inputs: Any) -> tuple[Any, tuple[torch.Tensor, ...]]:
+        """One call."""
+        count = len(inputs) - len(self.artifact.state)
+        return self.artifact.compute(self.artifact.ordered(inputs[:count], {}), inputs[count:])

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_loads
+from torch.utils._pytree import tree_flatten
 
 from lightning_quant.errors import ArtifactError, MissingExtraError
 from lightning_quant.runtime.artifact import Artifact
@@ -20,16 +21,15 @@ class OnnxArtifact(Artifact):
         self.session = session
         self.input_names = [value.name for value in session.get_inputs()]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> OnnxArtifact:
-        """The session is shared: it has no state, and cannot be copied."""
-        return OnnxArtifact(self.session, self.metadata).train(self.training)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Artifact:
+        """The session is shared: it has no memory, and cannot be copied."""
+        return self._like(OnnxArtifact(self.session, self.metadata))
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output for its inputs, by position or by name."""
-        tensors = [x for x in tree_flatten(self.ordered(args, kwargs))[0] if isinstance(x, torch.Tensor)]
+    def compute(self, data: tuple[Any, ...], state: tuple[torch.Tensor, ...]) -> tuple[Any, tuple[torch.Tensor, ...]]:
+        """See :meth:`Artifact.compute`."""
+        tensors = [x for x in tree_flatten((data, state))[0] if isinstance(x, torch.Tensor)]
         feed = {name: x.detach().cpu().numpy() for name, x in zip(self.input_names, tensors, strict=True)}
-        flat = [torch.from_numpy(x) for x in self.session.run(None, feed)]
-        return tree_unflatten(flat, treespec_loads(self.metadata["output_spec"]))
+        return self._taken_apart([torch.from_numpy(np.asarray(x)) for x in self.session.run(None, feed)])
 
 
 def load_onnx(path: Path, metadata: dict[str, Any]) -> OnnxArtifact:

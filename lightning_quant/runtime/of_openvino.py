@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_loads
+from torch.utils._pytree import tree_flatten
 
 from lightning_quant.errors import ArtifactError, MissingExtraError
 from lightning_quant.runtime.artifact import Artifact
@@ -33,20 +33,19 @@ class OpenVinoArtifact(Artifact):
         self.model = model
         self._requests: dict[tuple[int, _Shapes], Any] = {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> OpenVinoArtifact:
-        """What was read and compiled is shared: it has no state."""
-        twin = OpenVinoArtifact(self.model, self.metadata).train(self.training)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Artifact:
+        """What was read and compiled is shared: it has no memory."""
+        twin = OpenVinoArtifact(self.model, self.metadata)
         twin._requests = self._requests
-        return twin
+        return self._like(twin)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output for its inputs, by position or by name."""
-        tensors = [x for x in tree_flatten(self.ordered(args, kwargs))[0] if isinstance(x, torch.Tensor)]
-        arrays = [np.ascontiguousarray(x.detach().cpu().numpy()) for x in tensors]
+    def compute(self, data: tuple[Any, ...], state: tuple[torch.Tensor, ...]) -> tuple[Any, tuple[torch.Tensor, ...]]:
+        """See :meth:`Artifact.compute`."""
+        tensors = [x for x in tree_flatten((data, state))[0] if isinstance(x, torch.Tensor)]
+        arrays = [np.asarray(x.detach().cpu().numpy(), order="C") for x in tensors]
         request = self._request(tuple(array.shape for array in arrays))
         results = request.infer(arrays, share_inputs=True)
-        flat = [torch.from_numpy(np.array(results[output])) for output in request.model_outputs]
-        return tree_unflatten(flat, treespec_loads(self.metadata["output_spec"]))
+        return self._taken_apart([torch.from_numpy(np.array(results[output])) for output in request.model_outputs])
 
     def _request(self, shapes: _Shapes) -> Any:
         """What runs inputs of these shapes."""

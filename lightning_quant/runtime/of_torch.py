@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_loads
+from torch.utils._pytree import tree_flatten
 
 from lightning_quant._torch_ao import quiet
 from lightning_quant.backends.graph import engine
@@ -24,18 +24,18 @@ class TorchScriptArtifact(Artifact):
         super().__init__(metadata)
         self.program = program
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output for its inputs, by position or by name."""
-        data = self.ordered(args, kwargs)
+    def compute(self, data: tuple[Any, ...], state: tuple[torch.Tensor, ...]) -> tuple[Any, tuple[torch.Tensor, ...]]:
+        """See :meth:`Artifact.compute`."""
         try:
             with engine(self.metadata["config"]["engine"]):
-                return self.program(*data)
+                output = self.program(*data, *state)
         except RuntimeError as error:  # TorchScript's errors, of its interpreter and of the kernels
             given = [list(x.shape) for x in tree_flatten(data)[0] if isinstance(x, torch.Tensor)]
             raise ArtifactError(
                 f"TorchScript cannot run inputs of the shapes {given}; the file was made with "
                 f"{self.metadata['input_shapes']}, of which the first dimension is free: {last_line(error)}"
             ) from error
+        return output if state else (output, ())
 
 
 def load_torchscript(path: Path, metadata: dict[str, Any]) -> TorchScriptArtifact:
@@ -60,9 +60,10 @@ class Pt2Artifact(Artifact):
         super().__init__(metadata)
         self.program = program
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output for its inputs, by position or by name."""
-        return self.program(*self.ordered(args, kwargs))
+    def compute(self, data: tuple[Any, ...], state: tuple[torch.Tensor, ...]) -> tuple[Any, tuple[torch.Tensor, ...]]:
+        """See :meth:`Artifact.compute`."""
+        output = self.program(*data, *state)
+        return output if state else (output, ())
 
     def train(self, mode: bool = True) -> Pt2Artifact:
         """Nothing follows a mode: torch's exported modules refuse ``train`` and ``eval``."""
@@ -97,16 +98,15 @@ class AotiArtifact(Artifact):
         super().__init__(metadata)
         self.program = program
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> AotiArtifact:
-        """The compiled code is shared: it has no state, and cannot be copied."""
-        return AotiArtifact(self.program, self.metadata).train(self.training)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Artifact:
+        """The compiled code is shared: it has no memory, and cannot be copied."""
+        return self._like(AotiArtifact(self.program, self.metadata))
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output for its inputs, by position or by name."""
-        tensors = [x.contiguous() for x in tree_flatten(self.ordered(args, kwargs))[0] if isinstance(x, torch.Tensor)]
+    def compute(self, data: tuple[Any, ...], state: tuple[torch.Tensor, ...]) -> tuple[Any, tuple[torch.Tensor, ...]]:
+        """See :meth:`Artifact.compute`."""
+        tensors = [x.contiguous() for x in tree_flatten((data, state))[0] if isinstance(x, torch.Tensor)]
         with torch.no_grad():
-            flat = tree_flatten(self.program(*tensors))[0]
-        return tree_unflatten(flat, treespec_loads(self.metadata["output_spec"]))
+            return self._taken_apart(tree_flatten(self.program(*tensors))[0])
 
 
 def _load_aoti(path: Path, metadata: dict[str, Any]) -> AotiArtifact:
