@@ -249,6 +249,7 @@ def register_int8_kernels() -> None:
     torchao registers them when its quantizer is imported, for good: only in a process that does nothing else. Its
     patterns take for granted that what stands before and behind a matrix product folds the sizes in front and puts the
     same ones back; with free sizes, other reshapes match as well, and it computes something else. Those are left out.
+    So are sums that would be added up in place in a tensor that is the caller's, a constant, or needed later on.
 
     Raises:
         ImportError: torchao is not installed, or not of a version that this knows.
@@ -273,8 +274,34 @@ def register_int8_kernels() -> None:
 
         return check
 
+    adds = passes._is_valid_quantized_op_binary_optimization_pattern
+
+    def unshared(qop: Any, extra_input_from_dequant: bool = True) -> Callable[[Any], bool]:
+        theirs = adds(qop, extra_input_from_dequant)
+
+        def check(match: Any) -> bool:
+            computed = passes.filter_nodes(match.nodes, qop)[0]
+            names = [name for name in ("other", "accum", "accum_after_dequant") if name in match.kwargs]
+            return all(_may_be_overwritten(match.kwargs[name], computed) for name in names) and bool(theirs(match))
+
+        return check
+
     passes._is_valid_dequant_linear_pattern = checked
+    passes._is_valid_quantized_op_binary_optimization_pattern = unshared
     importlib.import_module("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
+
+
+def _may_be_overwritten(node: torch.fx.Node, computed: torch.fx.Node) -> bool:
+    """Whether no one else looks at the memory behind ``node``, also through another view, once ``computed`` ran."""
+    users = importlib.import_module("torch._inductor.fx_passes.mkldnn_fusion")._get_remaining_users
+    while True:
+        if node.op != "call_function" or len(users(node, computed)) > 1:
+            return False
+        target: Any = node.target
+        schema = getattr(target, "_schema", None)
+        if schema is None or not schema.arguments or schema.arguments[0].alias_info is None:
+            return True
+        node = node.args[0]  # type: ignore[assignment]
 
 
 #: The announcements that a user of this package can do nothing about, by the start of their text.

@@ -306,3 +306,9 @@ def agree(expected: Any, found: Any) -> bool:
             if error > 1e-3 * a[finite].double().norm() + 1e-7:
                 return False
     return True
+
+
+def unchanged(before: Any, after: Any) -> bool:
+    """Whether all tensors of two values of one structure hold the same, NaN included."""
+    pairs = zip(tree_flatten(before)[0], tree_flatten(after)[0], strict=True)
+    return all(torch.allclose(a, b, 0.0, 0.0, equal_nan=True) for a, b in pairs if isinstance(a, torch.Tensor))

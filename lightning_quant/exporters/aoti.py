@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import subprocess
@@ -17,6 +18,7 @@ from lightning_quant.analysis.sqnr import sqnr_db
 from lightning_quant.errors import ExportError
 from lightning_quant.exporters import aoti_compiler
 from lightning_quant.native import BuildError, compiler
+from lightning_quant.structures import unchanged
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +77,10 @@ def _with_int8_kernels(program: torch.export.ExportedProgram, source: Path, path
     args, kwargs = program.example_inputs
     with torch.no_grad():
         expected = program.module(check_guards=False)(*args, **kwargs)
-        figure = sqnr_db(expected, aoti_load_package(str(path))(*args, **kwargs))
+        own, own_named = copy.deepcopy((args, kwargs))
+        figure = sqnr_db(expected, aoti_load_package(str(path))(*own, **own_named))
+    if not unchanged((args, kwargs), (own, own_named)):
+        return "torchao's int8 kernels overwrite the inputs of this model"
     if figure >= LEAST_DB:
         return None
     return f"torchao's int8 kernels compute something else for this model ({figure:.1f} dB)"

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from lightning_quant.analysis.sqnr import sqnr_db
 from lightning_quant.errors import ExportError, QuantizationError
 from lightning_quant.exporters.layouts import int8_layers
+from lightning_quant.structures import unchanged
 
 #: Below this a file does not compute what it was written from (lowerings that were silently wrong gave 2 to 10 dB).
 MIN_SQNR_DB = 25.0
@@ -53,10 +54,17 @@ def verify(
         SQNR in dB on the first of ``inputs``.
 
     Raises:
-        ExportError: It computes something else.
+        ExportError: It computes something else, or overwrites what it is given.
     """
     with torch.no_grad():
-        outputs = [loaded(*data) for data in inputs]
+        given = copy.deepcopy(inputs)
+        outputs = [loaded(*data) for data in given]
+        if not unchanged(inputs, given):
+            raise ExportError(
+                f"{label}: the file overwrites its inputs: whoever runs it twice on the same data gets two answers. It "
+                "was not kept. Leave the format out with ExportConfig(formats=...), or the first layers in float with "
+                "QuantConfig(skip=...)."
+            )
         figures = [sqnr_db(source(*data), output) for data, output in zip(inputs, outputs, strict=True)]
         if min(figures) < MIN_SQNR_DB:
             own = min(_own_sqnr_db(source, data) for data in inputs)

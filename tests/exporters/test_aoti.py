@@ -131,6 +131,40 @@ def test_integers_are_multiplied(backend: Any, tmp_path: Path) -> None:
     assert torch._inductor.config.pre_grad_custom_pass is before  # the user's torch.compile is as it was
 
 
+class Adding(nn.Module):
+    """Sums behind a linear layer of what must not be overwritten: the input, a view of it, a constant, and what is
+    needed later on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third, self.fourth = (nn.Linear(8, 8) for _ in range(4))
+        self.register_buffer("offset", torch.randn(6, 8))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = x + self.first(x)
+        y = self.second(y) + self.offset
+        z = x.flatten(1).unflatten(1, (6, 8)) + self.third(y)
+        kept = z.relu()
+        return kept + self.fourth(kept * 2), kept
+
+
+@needs_torchao
+@pytest.mark.slow
+def test_sums_are_not_added_up_in_memory_that_others_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The int8 matrix product of oneDNN adds in place: not into the caller's tensors, nor into constants."""
+    x = torch.randn(8, 6, 8)
+    path = export(calibrated(Adding().eval(), x), None, ExportConfig(directory=tmp_path, formats=("aoti",)), x)["aoti"]
+    loaded, given = load(path), x.clone()
+    first = loaded(given)
+    assert torch.equal(given, x)
+    for a, b in zip(first, loaded(given), strict=True):
+        assert torch.equal(a, b)
+    found = kernels(path)
+    assert found is not None
+    assert found.int8 == 4
+    assert warned(caplog) == []
+
+
 @pytest.mark.slow
 def test_without_torchao_floats_are_multiplied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

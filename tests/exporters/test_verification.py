@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,22 @@ class Plus(nn.Module):
 def test_a_file_like_its_program() -> None:
     assert verify("it", Plus(), Plus(), [(X,)]) == float("inf")
     assert verify("it", Plus((NOISE, 40.0)), Plus(), [(X,)]) == pytest.approx(40.0, abs=1e-6)
+
+
+class Overwriting(Plus):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.add_(1.0)
+
+
+def test_a_file_that_overwrites_its_inputs() -> None:
+    before = X.clone()
+    text = (
+        "it: the file overwrites its inputs: whoever runs it twice on the same data gets two answers. It was not kept. "
+        "Leave the format out with ExportConfig(formats=...), or the first layers in float with QuantConfig(skip=...)."
+    )
+    with pytest.raises(ExportError, match=f"^{re.escape(text)}$"):
+        verify("it", Overwriting(), Plus(), [(X,)])
+    assert torch.equal(X, before)
 
 
 def test_the_bound() -> None:
