@@ -69,9 +69,9 @@ from lightning_quant.pipeline import (
 from lightning_quant.placement import ToGraph, divert, recompile, restore, uncompile
 from lightning_quant.planning import Plan, plan_of
 from lightning_quant.precision import check_precision
-from lightning_quant.pruning import check_pruning, hold, mask_gradients
 from lightning_quant.progress import progress_of
 from lightning_quant.provenance import made_by
+from lightning_quant.pruning import check_pruning, hold, mask_gradients
 from lightning_quant.rank_steps import RankSteps
 from lightning_quant.ranks import check_ranks, merge_ranks
 from lightning_quant.report import QuantReport, modified, report_of

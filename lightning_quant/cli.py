@@ -24,6 +24,7 @@ from lightning_quant.from_checkpoint import export_checkpoint
 from lightning_quant.lightning_cli import naming_choices, quant_cli, read_recipes
 from lightning_quant.planning import plan as _plan
 from lightning_quant.post_training import check_pair, load_pair, quantize_checkpoint
+from lightning_quant.progress import CONSOLE
 from lightning_quant.recipes import made
 from lightning_quant.report import QuantReport
 from lightning_quant.runtime import read_metadata
@@ -147,6 +148,7 @@ def ptq(
         calibration_batches=calibration_batches,
         directory=directory,
         formats=formats,
+        progress=CONSOLE,
     ).print()
 
 

@@ -128,7 +128,7 @@ def prepare_again(task: Task, left_float: frozenset[str]) -> tuple[Capture, Grap
     graphs = team.by_each(lambda: prepare_graphs(copy_of(task.module), captured, config, task.method))
     if task.method != "dynamic":
         data = _at_most(task.data, task.calibration_batches)
-        calibrate(task.module, graphs, data, batches=task.calibration_batches, progress=False)
+        calibrate(task.module, graphs, data, batches=task.calibration_batches)
     return captured, graphs
 
 

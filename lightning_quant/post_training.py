@@ -25,6 +25,7 @@ from lightning_quant.from_checkpoint import made_datamodule, read, restored, val
 from lightning_quant.inputs import isolated_rng, sample_without_trainer
 from lightning_quant.parts import convert_module
 from lightning_quant.pipeline import calibrate, capture, check_dtypes, deliver, prepare_graphs
+from lightning_quant.progress import SILENT, Progress
 from lightning_quant.report import QuantReport
 
 _THIS = "lightning_quant.quantize_checkpoint"
@@ -40,7 +41,7 @@ def quantize_checkpoint(
     calibration_batches: int | None = None,
     directory: str = "quantized",
     formats: Iterable[str] | None = None,
-    progress: bool = True,
+    progress: Progress = SILENT,
 ) -> QuantReport:
     """Calibrate, convert, export, verify and report, from the weights of a float checkpoint.
 
@@ -57,7 +58,7 @@ def quantize_checkpoint(
         calibration_batches: How many batches are observed; None: all.
         directory: Where the files go.
         formats: Which files. None: the usual ones (:class:`lightning_quant.ExportConfig`).
-        progress: Show a progress bar while calibrating.
+        progress: Where lines show the steps; :data:`lightning_quant.progress.CONSOLE`: on the terminal.
 
     Returns:
         The report, which has been written beside the files.
@@ -99,7 +100,9 @@ def quantize_checkpoint(
         if data is not None and method == "static":
             metrics = calibrate(module, graphs, data, batches=calibration_batches, progress=progress)
         quantized = convert_module(module, graphs)
-        return deliver(quantized, captured, sample, data, config, method, export, metrics_float=metrics)
+        return deliver(
+            quantized, captured, sample, data, config, method, export, metrics_float=metrics, progress=progress
+        )
 
 
 def load_pair(path: Path, module: Any, datamodule: Any) -> tuple[Any, Any]:

@@ -114,3 +114,16 @@ class _Rich:
         columns = (TextColumn("{task.description}"), bar, TimeElapsedColumn())
         with RichProgress(*columns, console=get_console(), transient=True) as own:
             yield own, None
+
+
+class _Console:
+    @contextlib.contextmanager
+    def step(self, text: str, total: int | None) -> Iterator[Advance]:
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        with RichProgress(*columns, console=get_console(), transient=True) as display:
+            task = display.add_task(text, total=total)
+            yield lambda text: display.update(task, advance=1, description=text or None)
+
+
+#: On a terminal, where there is no Trainer.
+CONSOLE: Progress = _Console()

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from lightning_quant import CalibrationError, ExportConfig, PostTrainingQuantization
 from lightning_quant import progress as progress_module
-from lightning_quant.progress import SILENT, progress_of
+from lightning_quant.progress import CONSOLE, SILENT, progress_of
 
 BARS = {"tqdm": pl.callbacks.TQDMProgressBar, "rich": pl.callbacks.RichProgressBar}
 STEPS = ("Calibrating", "Converting", "Validating int8", "Writing", "Measuring latency", "Comparing layers")
@@ -105,6 +105,16 @@ def test_a_bar_that_is_off_stays_off() -> None:
 
 
 # ---- after errors
+
+
+def test_a_terminal_without_a_trainer(console: Console) -> None:
+    with CONSOLE.step("Calibrating", 2) as advance:
+        advance("")
+        advance("Checking onnx")
+    assert not getattr(console, "_live_stack", [])
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "Calibrating" in shown
+    assert "Checking onnx" in shown
 
 
 def bar_of(kind: str) -> Any:
