@@ -14,6 +14,7 @@ from lightning_quant._torch_ao import quiet
 from lightning_quant.analysis.layers import SAMPLES, LayerReport, float_layers_of, layers_of
 from lightning_quant.arguments import batch_size
 from lightning_quant.backends.graph import info
+from lightning_quant.backends.state import unchanged
 from lightning_quant.capture import Capture
 from lightning_quant.errors import first_line
 from lightning_quant.exporters import smaller
@@ -52,9 +53,9 @@ def layer_reports(quantized: Quantized, captured: Capture) -> tuple[tuple[LayerR
             for part in known.kept
         }
         try:
-            if (batch_size(data) or 0) > SAMPLES:
-                data = smaller(converted, data, SAMPLES)
-            with quiet():
+            with quiet(), unchanged(quantized.float_module), unchanged(quantized.module):
+                if (batch_size(data) or 0) > SAMPLES:
+                    data = smaller(converted, data, SAMPLES)
                 if isinstance(prepared, fx.GraphModule):
                     layers = layers_of(prepared, converted, data, kept=kept)
                     if known.method == "dynamic":

@@ -220,7 +220,8 @@ def _layers(report: QuantReport) -> list[dict[str, Any]]:
     for row in report.coverage_layers:
         macs[row.name] = macs.get(row.name, 0) + row.macs
     reasons = {row.name: row.reason for row in report.coverage_layers if not row.int8} | report.float_layers
-    total = sum(macs.values()) or 1
+    total = sum(macs.values()) or 1  # an embedding multiplies nothing
+    widest = max(macs.values(), default=0) or 1
     marked = {layer.name: number for number, layer in enumerate(worst_layers(report.layers), start=1)}
     rows = []
     for name in [*known, *(name for name in macs if name not in known)]:
@@ -229,7 +230,7 @@ def _layers(report: QuantReport) -> list[dict[str, Any]]:
         rows.append({
             "name": name, "kind": layer.kind, "runs": runs, "reason": reasons.get(name, ""),
             "share": shown_share(macs[name] / total) if name in macs else "",
-            "width": round(100 * macs.get(name, 0) / max(macs.values(), default=1) or 0, 1),
+            "width": round(100 * macs.get(name, 0) / widest, 1),
             "alone": _db(layer.alone_db), "total": _db(layer.sqnr_db), "weight": _db(layer.weight_db),
             "reads": _range(layer.reads), "clipped": shown_share(layer.reads.clipped) if layer.reads else "",
             "number": marked.get(name, ""),
