@@ -32,6 +32,7 @@ def export(program: torch.export.ExportedProgram, path: Path, metadata: dict[str
     """
     model = to_model(program, metadata, path)
     _store_biases_as_integers(model)
+    _quantize_gates(model)
     import onnx
 
     prop = model.metadata_props.add()
@@ -116,6 +117,75 @@ def _store_biases_as_integers(model: Any) -> None:
         dequantize = helper.make_node("DequantizeLinear", [*new], [name], f"{name}_dequantize", axis=0)
         model.graph.node.insert(index, dequantize)
         model.graph.node[index + 1].input[2] = name
+
+
+#: 0 to 1 in 8 bits: what a sigmoid gives, by its definition. 1 is a value of its own, as it is where a gate is open.
+GATE_SCALE = 1 / 255
+
+
+def _quantize_gates(model: Any) -> None:
+    """Put a pair of quantize and dequantize behind each sigmoid that is multiplied with integers into integers.
+
+    SiLU, hard swish and squeeze-and-excitation are such products. ONNX Runtime has int8 kernels for the sigmoid and for
+    the product, and takes them where all that they read and write is quantized. Else it dequantizes all of it.
+    """
+    import numpy as np
+    from onnx import helper, numpy_helper
+
+    _write_out_hard_swish(model)
+    made_by = {output: node for node in model.graph.node for output in node.output}
+    readers: dict[str, list[Any]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+
+    def is_of(name: str, kind: str) -> bool:
+        return name in made_by and made_by[name].op_type == kind
+
+    def in_integers(gate: str, product: Any) -> bool:
+        others = [name for name in product.input if name != gate]
+        behind = [node.op_type for node in readers.get(product.output[0], ())]
+        is_product = product.op_type == "Mul" and len(others) == 1 and is_of(others[0], "DequantizeLinear")
+        return is_product and behind == ["QuantizeLinear"]
+
+    scale, zero_point = "gate_scale", "gate_zero_point"
+    found = False
+    for index, node in reversed(list(enumerate(model.graph.node))):
+        if node.op_type not in ("Sigmoid", "HardSigmoid") or not is_of(node.input[0], "DequantizeLinear"):
+            continue
+        products = readers.get(node.output[0], [])
+        if not products or not all(in_integers(node.output[0], product) for product in products):
+            continue
+        gate, integers, rounded = node.output[0], f"{node.name}_quantized", f"{node.name}_rounded"
+        for product in products:
+            product.input[list(product.input).index(gate)] = rounded
+        qparams = [scale, zero_point]
+        pair = (
+            helper.make_node("QuantizeLinear", [gate, *qparams], [integers], f"{node.name}_quantize"),
+            helper.make_node("DequantizeLinear", [integers, *qparams], [rounded], f"{node.name}_dequantize"),
+        )
+        for behind, new in enumerate(pair, 1):
+            model.graph.node.insert(index + behind, new)
+        found = True
+    if found:
+        model.graph.initializer.append(numpy_helper.from_array(np.asarray(GATE_SCALE, np.float32), scale))
+        model.graph.initializer.append(numpy_helper.from_array(np.asarray(0, np.uint8), zero_point))
+
+
+def _write_out_hard_swish(model: Any) -> None:
+    """As the product that it is by ONNX's definition: ONNX Runtime takes it apart too late for its int8 product."""
+    from onnx import helper
+
+    dequantized = {name for node in model.graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+    for index, node in reversed(list(enumerate(model.graph.node))):
+        if node.op_type != "HardSwish" or node.input[0] not in dequantized:
+            continue
+        gate = f"{node.name}_gate"
+        product = helper.make_node("Mul", [node.input[0], gate], list(node.output), node.name)
+        opened = helper.make_node("HardSigmoid", [node.input[0]], [gate], gate, alpha=1 / 6, beta=0.5)
+        model.graph.node.remove(node)
+        model.graph.node.insert(index, product)
+        model.graph.node.insert(index, opened)
 
 
 class _quiet_exporter:

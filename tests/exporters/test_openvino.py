@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 from models import Residual, TwoInputs, calibrated, decibels, settle
@@ -107,6 +108,41 @@ def test_the_residual_add_is_inside_of_a_kernel(convnet: File) -> None:
     found = kernels(convnet.path)
     assert not any(kind.startswith(("Eltwise", "Subgraph")) for kind in found.kinds), found.kinds
     assert found.conversions == 1  # of the input alone
+
+
+class Excited(nn.Module):
+    """Squeeze-and-excitation as MobileNetV3 has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.squeeze, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.first(x))
+        return self.last(x * nn.functional.hardsigmoid(self.squeeze(x.mean((2, 3), keepdim=True))))
+
+
+def test_hard_sigmoids_are_what_openvino_fuses(tmp_path: Path) -> None:
+    x = torch.randn(16, 3, 9, 9)
+    file = File(Excited().eval(), tmp_path, x)
+    kinds = {layer.get("type") for layer in ElementTree.parse(file.path).iter("layer")}
+    assert "HSigmoid" in kinds
+    assert "HardSigmoid" not in kinds
+    found = kernels(file.path)
+    assert found is not None
+    assert not any("Math" in kind for kind in found.kinds), found.kinds
+
+
+def test_a_hard_sigmoid_with_a_slope_of_its_own_stays() -> None:
+    from openvino import Model, opset13
+
+    from lightning_quant.exporters.openvino import _use_hsigmoid
+
+    x = opset13.parameter([1, 4], np.float32)
+    slope, offset = (opset13.constant(value, np.float32) for value in (0.2, 0.5))
+    model = Model([opset13.hard_sigmoid(x, slope, offset)], [x])
+    _use_hsigmoid(model)
+    assert [node.get_type_name() for node in model.get_ops()].count("HardSigmoid") == 1
 
 
 @pytest.mark.parametrize("name", ["convnet", "encoder"])

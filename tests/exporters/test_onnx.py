@@ -1,0 +1,69 @@
+"""What ONNX Runtime needs beyond the layout: gates in integers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from models import calibrated, decibels
+from torch import nn
+
+from lightning_quant import ExportConfig, QuantConfig, export, load
+from lightning_quant.analysis.kernels import kernels
+
+
+class Gated(nn.Module):
+    """A convolution, an activation that is a product with a gate, and a convolution."""
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.first, self.act, self.last = nn.Conv2d(3, 8, 3), act, nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.act(self.first(x)))
+
+
+def write(model: nn.Module, x: torch.Tensor, folder: Path) -> tuple[Path, nn.Module]:
+    prepared = calibrated(model.eval(), x, config=QuantConfig(reduce_range=False))
+    return export(prepared, None, ExportConfig(directory=folder, formats=("onnx",)), x)["onnx"], prepared
+
+
+@pytest.mark.parametrize(
+    ("act", "steps"),
+    [
+        (nn.SiLU(), {"QLinearSigmoid": 1, "QLinearMul": 1}),
+        (nn.Hardswish(), {"HardSigmoid": 1, "QLinearMul": 1}),
+    ],
+    ids=["silu", "hardswish"],
+)
+def test_products_with_gates_are_steps_of_integers(act: nn.Module, steps: dict[str, int], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Gated(act).eval(), 3 * torch.randn(64, 3, 9, 9)
+    path, _ = write(model, x, tmp_path)
+    onnx.checker.check_model(str(path))
+    found = kernels(path)
+    assert found is not None
+    assert found.kinds["QLinearConv"] == 2
+    assert {kind: found.kinds.get(kind, 0) for kind in steps} == steps
+    assert "Mul" not in found.kinds
+    with torch.no_grad():
+        assert decibels(model(x), load(path)(x)) > 32
+
+
+def test_a_gate_that_is_read_in_float_stays(tmp_path: Path) -> None:
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = self.first(x)
+            gate = torch.sigmoid(y)
+            return self.last(y * gate), gate.exp()
+
+    x = torch.randn(16, 3, 9, 9)
+    path, _ = write(Other().eval(), x, tmp_path)
+    names = {node.name for node in onnx.load(path).graph.node}
+    assert not any(name.endswith("_rounded") or name.endswith("Sigmoid_quantize") for name in names)
