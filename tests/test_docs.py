@@ -141,6 +141,12 @@ def test_a_link_to_nowhere_would_be_seen(tmp_path: Path) -> None:
     assert broken_links(page) == ["gone.md", "page.md#gone", "gone.py"]
 
 
+def test_pictures_are_small_and_shown() -> None:
+    for picture in (ROOT / "docs" / "images").iterdir():
+        assert picture.stat().st_size < 200_000
+        assert any(picture.name in page.read_text(encoding="utf8") for page in PAGES)
+
+
 def test_every_page_is_in_the_site() -> None:
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf8")
     trees = "\n".join(re.findall(r"^```\{toctree\}\n(.*?)^```", index, flags=re.M | re.S))
