@@ -3,7 +3,7 @@
 from importlib import metadata
 from typing import Any
 
-from sphinx.ext.napoleon import GoogleDocstring
+from sphinx.ext.napoleon.docstring import GoogleDocstring
 
 project = "lightning-quant"
 copyright = "the authors of lightning-quant"
