@@ -17,7 +17,7 @@ export ZOO_RESULTS := $(CURDIR)/.zoo
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help lint format test test-oldest test-slow zoo data demo bench bench-latency clean
+.PHONY: help lint format test test-oldest test-slow zoo data demo docs bench bench-latency clean
 # two environments at once would write the same build files
 .NOTPARALLEL:
 
@@ -51,6 +51,10 @@ zoo: $(VENV)/.libraries  ## every architecture and library of the zoo, and the t
 demo: $(VENV)/.installed  ## quantize a small network and show its report
 	$(VENV)/bin/lightning-quant demo
 
+docs: $(VENV)/.docs  ## the site, in docs/_build/html; a warning is an error
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m sphinx -E -n -W --keep-going -q docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 bench: $(VENV)/.benchmarks  ## accuracy, and speed of training and calibration beside other tools; run `make data` first
 	$(VENV)/bin/python benchmarks/accuracy.py
 	$(VENV)/bin/python benchmarks/page.py
@@ -60,7 +64,7 @@ bench-latency: $(VENV)/.benchmarks  ## latency of files beside those of other to
 
 clean:  ## remove caches and outputs; environments and data stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	rm -rf lightning_logs quantized demo_quantized
+	rm -rf lightning_logs quantized demo_quantized docs/_build
 	find . \( -name '.venv*' -o -name .git \) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---- environments
@@ -73,6 +77,11 @@ $(VENV)/.libraries: $(VENV)/.installed
 # the tools that benchmarks compare with
 $(VENV)/.benchmarks: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install -q -e '.[benchmarks]'
+	touch $@
+
+# what builds the site
+$(VENV)/.docs: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install -q -e '.[docs]'
 	touch $@
 
 $(VENV)/.installed: REQUIREMENTS := $(TORCH)

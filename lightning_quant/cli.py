@@ -215,7 +215,14 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command; errors of this package are shown without a traceback."""
+    """Run the command; errors of this package are shown without a traceback.
+
+    Args:
+        args: What stands behind ``lightning-quant``. None: what the process was started with.
+
+    Returns:
+        The exit status: 0, or 1 after an error of this package. A wrong argument ends the process with 2.
+    """
     try:
         _run(_spelled(sys.argv[1:] if args is None else args))
     except QuantizationError as error:

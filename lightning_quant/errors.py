@@ -38,7 +38,13 @@ class ArtifactError(QuantizationError, RuntimeError):
 
 
 class MissingExtraError(QuantizationError, ImportError):
-    """An optional package is needed for what was asked."""
+    """An optional package is needed for what was asked.
+
+    Args:
+        package: Its name.
+        extra: Of this package; it brings the other one.
+        purpose: What needs it: the beginning of a sentence.
+    """
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(

@@ -126,7 +126,11 @@ class Plan:
         return "\n".join(lines) + "\n"
 
     def write(self, path: str | Path) -> None:
-        """Write :meth:`to_yaml` into a file; its folder is made."""
+        """Write :meth:`to_yaml` into a file.
+
+        Args:
+            path: Of the file; its folder is made.
+        """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(self.to_yaml(), encoding="utf8")

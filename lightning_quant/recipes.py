@@ -87,6 +87,9 @@ def made(parser: ArgumentParser, parsed: Any) -> Any:
 def load(name_or_file: str | Path) -> QuantConfig:
     """A recipe by its name, or the QuantConfig in a YAML file, such as an edited plan.
 
+    Args:
+        name_or_file: A key of :data:`RECIPES`, or the path of a file.
+
     Raises:
         ConfigError: There is no such recipe and no such file, or the file is no QuantConfig.
 

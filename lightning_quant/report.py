@@ -132,6 +132,9 @@ class QuantReport:
     def from_dict(cls, plain: dict[str, Any]) -> QuantReport:
         """The reverse of :meth:`to_dict`. What only a later version writes is left out.
 
+        Args:
+            plain: What :meth:`to_dict` gave.
+
         Raises:
             ArtifactError: It is not a report, or one of an earlier version that lacks something.
         """
@@ -150,7 +153,10 @@ class QuantReport:
 
     @classmethod
     def load(cls, path: str | Path) -> QuantReport:
-        """The report in a ``report.json``, or in the folder that has one.
+        """The report in a ``report.json``.
+
+        Args:
+            path: The file, or the folder that has it.
 
         Raises:
             ArtifactError: There is none, or it cannot be read.
@@ -247,7 +253,11 @@ class QuantReport:
         return shown
 
     def print(self, console: Console | None = None) -> None:
-        """Show the tables on the console."""
+        """Show the tables.
+
+        Args:
+            console: Where. None: on the terminal.
+        """
         console = console or Console()
         tables = {f"int8 by {self.method} of {self.config['backend']}": self.summary(), "files": self.files()}
         for title, (head, rows) in tables.items():
@@ -271,6 +281,9 @@ class QuantReport:
         """Write ``report.json`` and ``report.md``; files that only an earlier report lists are removed.
 
         The ``report.html`` of an earlier report goes as well: :func:`lightning_quant.report_page.write_html` writes it.
+
+        Args:
+            directory: The folder, which has to exist.
         """
         path = directory / "report.json"
         for old in _files_of(path) - {Path(f).name for f in _leaves(self.artifacts)}:

@@ -47,7 +47,11 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Rows in the order in which the layers ran, recurrent ones first."""
+    """What ran in int8, and what in float.
+
+    Attributes:
+        rows: In the order in which the layers ran, recurrent ones first.
+    """
 
     rows: tuple[LayerRow, ...]
 

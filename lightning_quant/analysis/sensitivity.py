@@ -90,7 +90,11 @@ class Sensitivity:
         return tuple(sorted(self.layers, key=lambda layer: layer.sqnr_only_db))
 
     def table(self, limit: int | None = None) -> Table:
-        """For the console, the most harmful layer first; of many layers, ``limit`` of them."""
+        """For the console, the most harmful layer first.
+
+        Args:
+            limit: Of more layers, so many are shown. None: all.
+        """
         title = f"what each layer costs: all in int8 give {shown_db(self.sqnr_db)}"
         table = Table(title=title, title_justify="left")
         numbers = ("multiply-accumulates", "only it in int8", "all but it", "input", "kept")
@@ -106,7 +110,11 @@ class Sensitivity:
         return table
 
     def print(self, console: Console | None = None) -> None:
-        """Show the table."""
+        """Show the table.
+
+        Args:
+            console: Where. None: on the terminal.
+        """
         (console or Console()).print(self.table())
 
 
@@ -122,7 +130,7 @@ def _shown_channels(channels: tuple[int, ...]) -> str:
 def sensitivity(prepared: nn.Module, batches: Iterable[Any], *, passes: float = PASSES) -> Sensitivity:
     """Measure what quantizing each layer of a calibrated model does to its output.
 
-    Nothing is converted again for a layer: see :mod:`lightning_quant.analysis.simulation`. Where a model is quantized
+    Nothing is converted again for a layer: see ``lightning_quant.analysis.simulation``. Where a model is quantized
     in several graphs, the output is that of the graph that has the layer.
 
     Args:
