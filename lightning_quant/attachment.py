@@ -199,6 +199,19 @@ def after_method(module: Any, name: str, then: Callable[..., object]) -> None:
     module.__dict__[name] = MethodType(method, module)
 
 
+def around_method(module: Any, name: str, wrap: Callable[[Any, Callable[[], Any]], Any]) -> None:
+    """Let ``wrap`` answer each call of ``module.<name>``, given the module and the call. :func:`unbind` ends it."""
+    before = module.__dict__.get(name)
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return wrap(
+            self, lambda: before(*args, **kwargs) if before else getattr(type(self), name)(self, *args, **kwargs)
+        )
+
+    module.__dict__.setdefault(_BOUND, {}).setdefault(name, before)
+    module.__dict__[name] = MethodType(method, module)
+
+
 def unbind(module: Any) -> None:
     """Take off every method that :func:`after_method` bound."""
     for name, before in module.__dict__.pop(_BOUND, {}).items():

@@ -18,6 +18,7 @@ import torch
 from lightning_quant._roots import Callback
 from lightning_quant.attachment import (
     after_method,
+    around_method,
     attach,
     attached_to,
     detach,
@@ -39,6 +40,7 @@ from lightning_quant.config import (
     resolve,
     resolve_formats,
 )
+from lightning_quant.distillation import Distillation, Distiller, check_optimization
 from lightning_quant.errors import CalibrationError, ConfigError
 from lightning_quant.evaluate import ValidationData, copy_of, evaluate, validation_data
 from lightning_quant.exporters import check_writable
@@ -118,7 +120,7 @@ def _write_state(checkpoint: dict[str, Any], state: dict[str, Any], *, averaged:
 #: What a callback has of a run. It cannot be pickled, and another process would not want it.
 _OF_A_RUN: dict[str, Any] = {
     **dict.fromkeys(("_report", "_written", "_quantized_model", "_converted", "_sample", "_captured", "_loaded")),
-    **dict.fromkeys(("_data", "_phase", "_kept", "_scales", "_steps", "_averages", "_tuned")),
+    **dict.fromkeys(("_data", "_phase", "_kept", "_scales", "_steps", "_averages", "_tuned", "_distiller")),
     "_before": {},
     "_frozen": [],
 }
@@ -502,6 +504,8 @@ class QuantizationAwareTraining(QuantizationCallback):
             ``freeze_batch_norm_epoch``: activations move when batch norms change to their running statistics, and
             ranges that are frozen by then clip them.
         freeze_batch_norm_epoch: From this epoch on, batch norms use and keep their running statistics; None: never.
+        distill: Let the float module from when quantization began be a teacher in the loss of ``training_step``; see
+            :class:`lightning_quant.Distillation`. None: there is none. Checkpoints hold its weights beside the others.
         export: Which files are written, and where.
         plan_only: Write ``plan.yaml`` into the folder of ``export``, which says what would be done with each layer,
             before training begins, and do nothing else: training is float training, as without this callback.
@@ -521,10 +525,14 @@ class QuantizationAwareTraining(QuantizationCallback):
         start_epoch: int = 0,
         freeze_observers_epoch: int | None = None,
         freeze_batch_norm_epoch: int | None = None,
+        distill: Distillation | None = None,
         export: ExportConfig = ExportConfig(),
         plan_only: bool = False,
     ) -> None:
         super().__init__(config, "qat", export, plan_only)
+        if distill is not None and not isinstance(distill, Distillation):
+            raise ConfigError(f"distill={distill!r}: give a Distillation, or None.")
+        self.distill = distill
         self.schedule = Schedule(
             start_epoch=start_epoch,
             freeze_observers_epoch=freeze_observers_epoch,
@@ -537,10 +545,13 @@ class QuantizationAwareTraining(QuantizationCallback):
         self._scales: ScaleTraining | None = None
         self._steps: RankSteps | None = None
         self._averages: Averages | None = None
+        self._distiller: Distiller | None = None
 
     def _arguments(self) -> dict[str, Any]:
         default = Schedule()
-        return {part.name: (getattr(self.schedule, part.name), getattr(default, part.name)) for part in fields(default)}
+        return {"distill": (self.distill and asdict(self.distill), None)} | {
+            part.name: (getattr(self.schedule, part.name), getattr(default, part.name)) for part in fields(default)
+        }
 
     @property
     def phase(self) -> Phase:
@@ -558,6 +569,8 @@ class QuantizationAwareTraining(QuantizationCallback):
                 _check_trainer(trainer)
             return
         _check_trainer(trainer)
+        if self.distill is not None:
+            check_optimization(pl_module)
         if self.plan_only or not trainer.fast_dev_run:
             all_ranks().by_first(lambda: check_writable(self.export.path))
         if self.plan_only:
@@ -578,6 +591,9 @@ class QuantizationAwareTraining(QuantizationCallback):
         if is_parallel(trainer):
             check_ranks(attached, team.group)
             keep_from_broadcast(pl_module)
+        if self.distill is not None:
+            self._distiller = Distiller(self.distill, pl_module, self._graphs(pl_module), is_parallel(trainer))
+            around_method(pl_module, "training_step", self._distiller.step)
         prepare_averages(trainer, pl_module)
 
     def _graphs(self, pl_module: Any) -> Graphs:
@@ -604,6 +620,8 @@ class QuantizationAwareTraining(QuantizationCallback):
             state["averages"] = averages
         if self._scales is not None and (kept := self._scales.state()):
             state["optimizer_states"] = kept
+        if self._distiller is not None and (teacher := self._distiller.state()) is not None:
+            state["teacher"] = teacher
         return state
 
     def _keep_loaded(self, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -622,8 +640,11 @@ class QuantizationAwareTraining(QuantizationCallback):
         self._phases = Phases(pl_module)
         self._scales = train_scales(self._graphs(pl_module), trainer.optimizers)
         self._averages = Averages(pl_module, averages_of(trainer))
-        if restored := self._restored(pl_module):
+        restored = self._restored(pl_module)
+        if restored:
             self._load(pl_module, restored)
+        if self._distiller is not None:
+            self._distiller.restore(pl_module, restored or {})
         if self._loaded:
             self._scales.load_state(self._loaded.get("optimizer_states", {}))
         # on the module: after all callbacks, those that average among them
@@ -659,15 +680,19 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Also of a run that resumes in the middle of an epoch, for which Lightning skips the epoch's hook."""
-        self._enter(trainer)
+        self._enter(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Move the phase."""
-        self._enter(trainer)
+        self._enter(trainer, pl_module)
 
-    def _enter(self, trainer: Any) -> None:
+    def _enter(self, trainer: Any, pl_module: Any) -> None:
         if self._phases is not None:
             self._phases.enter(self.schedule.phase(trainer.current_epoch))
+        if self._distiller is not None:
+            self._distiller.enabled = self.phase.quantize
+            if self.phase.quantize:
+                self._distiller.begin(pl_module)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Frozen batch norms stay frozen whoever called ``train()`` in between, and pruned weights stay 0."""
@@ -804,4 +829,5 @@ class QuantizationAwareTraining(QuantizationCallback):
             self._averages.end()
             self._averages = None
         self._steps = None
+        self._distiller = None
         super()._take_off(pl_module)

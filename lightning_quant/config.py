@@ -67,6 +67,10 @@ BACKEND_PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {"pt2e": (("torchao",
 #: Observers that count values.
 HISTOGRAMS = ("histogram", "percentile", "entropy")
 
+#: The fewest bits of each kind of tensor. Kernels add products of 8 bits; with 3 bits for activations, one scale for a
+#: whole tensor leaves 8 values, and no training tried here came near to float.
+FEWEST_BITS = {"weight": 2, "activation": 4}
+
 #: Backends whose graphs call modules, so that one can take the place of another.
 SWAPPING = ("fx", "eager")
 
@@ -116,6 +120,9 @@ class TensorSpec:
             quantization-aware training, ``min_max`` for weights. Or a class of your own that derives from
             ``torch.ao.quantization.ObserverBase`` (with ``backend="pt2e"``: from torchao's), or its import path.
         percentile: With ``observer="percentile"``: per cent of the values that are not above the range, and not below.
+        bits: Of the integers: 2 to 8 for weights, 4 to 8 for activations. Kernels compute with 8 bits: fewer lie in the
+            smaller range of these, and cost accuracy that training wins back. Files are smaller where a runtime reads
+            integers of 4 bits: ONNX and OpenVINO with weights of 4 bits or fewer.
         fake_quantize: What rounds in training: ``auto``, whose scale follows the range; ``learned``, whose scale is
             trained with the weights from where the first batch puts it (LSQ, https://arxiv.org/abs/1902.08153), and
             whose zero point stays there; or a class of your own that derives from
@@ -129,9 +136,12 @@ class TensorSpec:
     qscheme: QschemeName = "auto"
     observer: ObserverName | ClassPath = "auto"
     percentile: float = 99.99
+    bits: int = 8
     fake_quantize: RoundingName | ClassPath = "auto"
 
     def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not FEWEST_BITS["weight"] <= self.bits <= 8:
+            raise ConfigError(f"TensorSpec(bits={self.bits!r}): give a whole number from 2 to 8.")
         if isinstance(self.percentile, bool) or not 50 < self.percentile <= 100:
             raise ConfigError(f"TensorSpec(percentile={self.percentile!r}): give a number above 50, up to 100.")
         for name in ("observer", "fake_quantize"):
@@ -227,6 +237,11 @@ def _check_specs(owner: str, activation: TensorSpec | None, weight: TensorSpec |
         raise ConfigError(
             f"{owner}(activation.qscheme={activation.qscheme!r}): int8 kernels take activations with one scale. Use "
             "'per_tensor_affine' or 'per_tensor_symmetric'; per channel is for weights."
+        )
+    if activation is not None and activation.bits < FEWEST_BITS["activation"]:
+        raise ConfigError(
+            f"{owner}(activation.bits={activation.bits}): activations have {FEWEST_BITS['activation']} to 8 bits, "
+            "because one scale stands for a whole tensor. Fewer are for weights."
         )
     if weight is not None and weight.dtype == "quint8":
         raise ConfigError(f"{owner}(weight.dtype='quint8'): int8 kernels take signed weights. Use 'qint8'.")
@@ -417,6 +432,8 @@ def check_method(config: QuantConfig, method: Method) -> None:
                 f"QuantConfig(activation={spec!r}) with method='dynamic': the range of each activation is "
                 "taken when it is computed. Leave activation at its default, or use method='static'."
             )
+    if few := next((spec for spec in (*activations, *weights) if spec.bits < 8), None):
+        _check_bits(config, method, few)
     for spec in (*activations, *weights):
         if method != "qat" and spec.fake_quantize != "auto":
             raise ConfigError(
@@ -438,6 +455,21 @@ def check_method(config: QuantConfig, method: Method) -> None:
         raise ConfigError(
             f"LayerConfig(quantized={swapped[0].quantized!r}) with backend={config.backend!r}: it captures operators, "
             f"not modules that could be exchanged. Use backend={' or '.join(map(repr, SWAPPING))}."
+        )
+
+
+def _check_bits(config: QuantConfig, method: Method, spec: TensorSpec) -> None:
+    """Refuse fewer than 8 bits where nothing is made of them."""
+    if method == "dynamic":
+        raise ConfigError(
+            f"TensorSpec(bits={spec.bits}) with method='dynamic': it takes the ranges of activations when they are "
+            "computed, of 8 bits, and its files store weights in 8 bits. Leave bits out, or use method='static' or "
+            "QuantizationAwareTraining."
+        )
+    if config.backend == "torchscript":
+        raise ConfigError(
+            f"TensorSpec(bits={spec.bits}) with backend='torchscript': TorchScript graph mode quantizes to the 8 bits "
+            "of its kernels, and clamps to no smaller range. Leave bits out, or use backend='fx', 'eager' or 'pt2e'."
         )
 
 

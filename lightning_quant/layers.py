@@ -12,7 +12,7 @@ from lightning_quant.capture import LEFT_BY_SKIP, matching
 from lightning_quant.config import LayerConfig, Method, QuantConfig, near
 from lightning_quant.custom import load_class
 from lightning_quant.errors import ConfigError
-from lightning_quant.qconfig import QUANTIZABLE, WEIGHTED
+from lightning_quant.qconfig import EMBEDDINGS, QUANTIZABLE, WEIGHTED
 
 
 def nearest(entries: tuple[LayerConfig, ...], model: nn.Module) -> dict[str, LayerConfig]:
@@ -116,6 +116,28 @@ def check_int8(config: QuantConfig, float_layers: Mapping[str, str], model: nn.M
             raise ConfigError(
                 f"LayerConfig(name={name!r}, dtype='int8'): it stays in float: {reason}. Leave out this entry, or "
                 "give dtype='float'."
+            )
+
+
+def check_bits(config: QuantConfig, model: nn.Module) -> None:
+    """Refuse entries that give embeddings other than 8 bits.
+
+    Args:
+        config: As the user gave it.
+        model: Where the layers are.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for entry in config.layers:
+        if entry.weight is None or entry.weight.bits == 8:
+            continue
+        kind = load_class(entry.type, "LayerConfig(type=...)") if entry.type else type(modules.get(entry.name or ""))
+        if issubclass(kind, EMBEDDINGS):
+            raise ConfigError(
+                f"LayerConfig(name={entry.name!r}, type={entry.type!r}, weight.bits={entry.weight.bits}): the rows of "
+                "embeddings have 8 bits, for which alone there are kernels. Leave this entry out."
             )
 
 

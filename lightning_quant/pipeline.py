@@ -33,6 +33,7 @@ from lightning_quant.exporters import (
     files_of,
     write,
 )
+from lightning_quant.exporters.describing import remarks_on_bits
 from lightning_quant.figures import (
     Written,
     check_coverage,
@@ -279,6 +280,7 @@ def _report(
     notes = []
     if not can_write_html():
         notes.append(NO_HTML)
+    notes += remarks_on_bits(resolved, written.formats)
     if len(parts) > 1 or parts[0].program.name:
         notes.append("The module's own forward could not be captured around its targets: there is one file per target.")
         notes += [f"That is because of its state. {part.refused}" for part in parts[:1] if part.refused]

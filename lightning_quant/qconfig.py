@@ -70,20 +70,29 @@ AVERAGING_CONSTANT = 0.1
 
 
 def activation_range(spec: TensorSpec) -> tuple[int, int]:
-    """The integers ``(quant_min, quant_max)`` of activations, both included: all that the type has."""
-    return (-128, 127) if spec.dtype == "qint8" else (0, 255)
+    """The integers ``(quant_min, quant_max)`` of activations, both included: all that so many bits have."""
+    size: int = 2**spec.bits
+    return (-size // 2, size // 2 - 1) if spec.dtype == "qint8" else (0, size - 1)
 
 
 def weight_range(config: QuantConfig) -> tuple[int, int]:
     """The integers ``(quant_min, quant_max)`` of weights, both included: symmetric, so that the largest is exact.
 
-    With ``reduce_range`` they have 7 bits. CPUs without VNNI multiply pairs of uint8 by int8 and add them in 16 bits
-    that saturate: ``2 * 255 * 63 = 32130`` fits, whatever the activation. Torch's own ``reduce_range`` takes the bit
-    from the activations instead; then a value beyond the calibrated range still saturates, because kernels clamp at
-    255 and not at 127, and the activations, which have one scale per tensor, lose more than the weights, which have
-    one per channel.
+    With ``reduce_range`` they have at most 7 bits. CPUs without VNNI multiply pairs of uint8 by int8 and add them in
+    16 bits that saturate: ``2 * 255 * 63 = 32130`` fits, whatever the activation. Torch's own ``reduce_range`` takes
+    the bit from the activations instead; then a value beyond the calibrated range still saturates, because kernels
+    clamp at 255 and not at 127, and the activations, which have one scale per tensor, lose more than the weights,
+    which have one per channel.
     """
-    return (-63, 63) if config.reduce_range else (-127, 127)
+    bits = min(config.weight.bits, 7) if config.reduce_range else config.weight.bits
+    largest: int = 2 ** (bits - 1) - 1
+    return -largest, largest
+
+
+def largest_weight(config: QuantConfig) -> int:
+    """The largest integer of any weight, whichever layer has it."""
+    own = (replace(config, weight=layer.weight) for layer in config.layers if layer.weight is not None)
+    return max(weight_range(one)[1] for one in (config, *own))
 
 
 def _dtype(spec: TensorSpec, default: str) -> torch.dtype:
@@ -151,7 +160,7 @@ def _activation(config: QuantConfig, method: Method) -> Any:
     own = own_observer(spec)
     if method == "static":
         if own is not None:
-            return made_with(own, shared)
+            return _made_with(spec, own, shared)
         name = "histogram" if spec.observer == "auto" else spec.observer
         search = {"search": name, "percentile": spec.percentile} if name in HISTOGRAMS else {}
         return _constructor(observers[name], **shared, **search)
@@ -159,7 +168,8 @@ def _activation(config: QuantConfig, method: Method) -> Any:
     if own is not None or own_rounding is not None:
         averaging = {} if own is not None else {"averaging_constant": AVERAGING_CONSTANT}
         observer = own or MovingAverageMinMaxObserver
-        return made_with(own_rounding or TorchFakeQuantize, {"observer": observer, **averaging, **shared}, observer)
+        settings = {"observer": observer, **averaging, **shared}
+        return _made_with(spec, own_rounding or TorchFakeQuantize, settings, observer)
     # it computes the moving average itself, so that this is the only estimator of training
     rounding = LearnedFakeQuantize if spec.fake_quantize == "learned" else FakeQuantize
     return _constructor(rounding, observer=MovingAverageMinMaxObserver, averaging_constant=AVERAGING_CONSTANT, **shared)
@@ -181,9 +191,10 @@ def _weight(config: QuantConfig, method: Method, *, per_tensor: bool) -> Any:
     if method == "qat" and (own is not None or own_rounding is not None):
         averaging = {} if own is not None else {"averaging_constant": 1.0}
         observer = own or moving
-        return made_with(own_rounding or TorchFakeQuantize, {"observer": observer, **averaging, **shared}, observer)
+        settings = {"observer": observer, **averaging, **shared}
+        return _made_with(spec, own_rounding or TorchFakeQuantize, settings, observer)
     if own is not None:
-        return made_with(own, shared)
+        return _made_with(spec, own, shared)
     if method == "qat":
         # averaging_constant=1: the range is that of the weights as they are now, without memory
         if spec.fake_quantize == "learned":
@@ -251,6 +262,15 @@ def made_with(kind: Any, settings: dict[str, Any], inside: Any = None) -> Any:
         inside: The observer that a fake quantize makes, and passes its other arguments to.
     """
     return kind.with_args(**{k: v for k, v in settings.items() if _takes(kind, k, inside)})
+
+
+def _made_with(spec: TensorSpec, kind: Any, settings: dict[str, Any], inside: Any = None) -> Any:
+    if spec.bits < 8 and not (_takes(kind, "quant_min", inside) and _takes(kind, "quant_max", inside)):
+        raise ConfigError(
+            f"TensorSpec(bits={spec.bits}) with {kind.__name__}: it takes no quant_min and quant_max, by which it "
+            "would be told the range of fewer bits. Let its __init__ take them and pass them on, or leave bits at 8."
+        )
+    return made_with(kind, settings, inside)
 
 
 def _takes(kind: Any, name: str, inside: Any) -> bool:

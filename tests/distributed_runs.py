@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import lightning_quant
 from lightning_quant import (
+    Distillation,
     ExportConfig,
     ExportError,
     LayerConfig,
@@ -202,6 +203,35 @@ def learned(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def distilled(folder: Path) -> dict[str, Any]:
+    model = Network()
+    callback = QuantizationAwareTraining(distill=Distillation(features=("net.2",)), export=export(folder / "distilled"))
+    local: list[float] = []
+
+    class Term(pl.Callback):
+        """The term of this rank, in each step."""
+
+        def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
+            distiller: Any = callback._distiller
+            if "_loss" not in vars(distiller):
+                own = distiller._loss
+
+                def noted(*args: Any) -> torch.Tensor:
+                    loss = own(*args)
+                    local.append(loss.item())
+                    return loss
+
+                distiller._loss = noted
+            self.teacher = distiller.state()
+
+    term = Term()
+    runner = parallel(callback, term)
+    runner.fit(model, val_dataloaders=val_loader())
+    return outcome(callback, model) | {
+        "teacher": term.teacher, "local": local, "metric": runner.callback_metrics["distillation_loss"].item(),
+    }  # fmt: skip
+
+
 def export(folder: Path) -> ExportConfig:
     return ExportConfig(formats=("torchscript",), directory=str(folder))
 
@@ -352,6 +382,7 @@ def ddp_fork(folder: Path) -> dict[str, Any]:
 SCENARIOS = (
     qat,
     learned,
+    distilled,
     accumulated,
     averaged,
     resumed,

@@ -306,7 +306,7 @@ def test_an_unknown_method() -> None:
             TensorSpec(observer="min_max"),
             "dynamic",
             "QuantConfig(activation=TensorSpec(dtype='auto', qscheme='auto', observer='min_max', "
-            "percentile=99.99, fake_quantize='auto')) with "
+            "percentile=99.99, bits=8, fake_quantize='auto')) with "
             "method='dynamic': the range of each activation is taken when it is computed. Leave activation at its "
             "default, or use method='static'.",
         ),

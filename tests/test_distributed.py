@@ -87,7 +87,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ranks_found(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return started(
-        folder, "qat,learned,accumulated,averaged,resumed,fit_then_ptq,ptq_in_validate,within_bound,failures", RANKS
+        folder,
+        "qat,learned,distilled,accumulated,averaged,resumed,fit_then_ptq,ptq_in_validate,within_bound,failures",
+        RANKS,
     )
 
 
@@ -132,6 +134,21 @@ def test_ranges_of_all_ranks_are_those_of_all_data_after_each_step(ranks_found: 
             # float32 rounds once for each step
             assert got == pytest.approx(average, rel=steps * 2.0**-24, abs=1e-12)
     assert seen[1].min() > 2 * seen[0].max()  # a rank alone would have another range
+
+
+def test_a_teacher_of_two_processes(ranks_found: Any) -> None:
+    first, second = ranks_found["distilled"]
+    assert different(first["weights"], second["weights"]) == []
+    assert different(first["weights"], ranks_found["qat"][0]["weights"]) != []
+    for found in (first, second):
+        assert different(found["teacher"], weights(Network())) == []
+        assert len(found["local"]) == TRAIN // RANKS // 8
+        assert found["clean"]
+    # each rank has its own data
+    assert first["local"] != second["local"]
+    expected = np.mean([first["local"], second["local"]])
+    assert first["metric"] == pytest.approx(expected, rel=1e-5)
+    assert second["metric"] == first["metric"]
 
 
 def test_training_is_that_of_ddp(ranks_found: Any) -> None:

@@ -24,7 +24,7 @@ from lightning_quant.backends.tracing import LAYER
 from lightning_quant.capture import Capture, detached, find_targets, record_calls
 from lightning_quant.config import SWAPPING, Method, ObserverName, QuantConfig, check_method, resolve
 from lightning_quant.errors import CaptureError, ConfigError
-from lightning_quant.layers import check_int8, left_float, nearest, relative
+from lightning_quant.layers import check_bits, check_int8, left_float, nearest, relative
 from lightning_quant.placement import imitate, uncompile
 from lightning_quant.qconfig import own_classes
 
@@ -163,6 +163,7 @@ def capture_targets(
         prefer_children=prefer_children,
     )
     check_int8(config, found.float_layers, model, method)
+    check_bits(config, model)
     return replace(found, layers=layers)
 
 

@@ -17,7 +17,7 @@ from lightning_quant.backends.graph import CannotRun, Feasible, info, try_out, t
 from lightning_quant.backends.tracing import Traced, trace
 from lightning_quant.config import Method, QuantConfig, resolve
 from lightning_quant.fusion import FusedGroup
-from lightning_quant.qconfig import config_of_layer, weight_range
+from lightning_quant.qconfig import config_of_layer, largest_weight
 
 Graph = TypeVar("Graph", bound=nn.Module)
 
@@ -60,7 +60,7 @@ def begin(model: nn.Module, config: QuantConfig, method: Method, example: Call) 
     traced = replace(traced, float_layers=traced.float_layers | reasons)
     narrow: frozenset[str] = frozenset()
     if method != "dynamic":
-        plan = kernels.plan(traced.graph_module, config, weight_range(config)[1], config.skip)
+        plan = kernels.plan(traced.graph_module, config, largest_weight(config), config.skip)
         config = kernels.with_engine(config, plan)
         traced = replace(traced, float_layers=traced.float_layers | plan.float_layers)
         # who says reduce_range=False may quantize for another machine

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from lightning_quant._torch_ao import FusedModule, attach_node_meta
 from lightning_quant.arguments import Call
-from lightning_quant.backends import embeddings, islands
+from lightning_quant.backends import embeddings, few_bits, islands
 from lightning_quant.backends.beginning import (
     Begun,
     batch_norms_inside,
@@ -199,7 +199,9 @@ def convert(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None) 
     known = info(prepared)
     with working(known.config):
         twin = finished(prepared, kept)
+        ends = few_bits.limits_by_name(twin)
         _swap(twin, known)
+        few_bits.saturate_modules(twin, ends)
         embeddings.pack(twin)
     return with_info(twin.eval(), known)
 
@@ -229,8 +231,9 @@ def reference(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None
     with working(known.config):
         twin = finished(prepared, kept)
         recurrent = {name: module for name, module in twin.named_modules() if isinstance(module, RNNS)}
+        ends = few_bits.limits_by_name(twin)
         _swap(twin, known)
-        graph_module = neutral(twin, recurrent)
+        graph_module = neutral(twin, recurrent, ends)
         embeddings.store(graph_module)
     return with_info(graph_module.eval(), known)
 

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from lightning_quant._torch_ao import RECURRENT_MODULES, fused_quantized_modules, quantized_modules, reference_modules
 from lightning_quant.backends.eager_operators import FIXED, SCALAR, TENSOR, TENSORS, VALUE
 from lightning_quant.backends.eager_stubs import Functional
+from lightning_quant.backends.few_bits import WHOLE
 
 _OPS = torch.ops.quantized_decomposed
-_STORED = {torch.quint8: (torch.uint8, 0, 255), torch.qint8: (torch.int8, -128, 127)}
+_STORED = {torch.quint8: torch.uint8, torch.qint8: torch.int8}
 
 _PLAIN = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -42,11 +43,15 @@ _NORMS: dict[Any, tuple[Any, bool]] = {
 
 @dataclass(frozen=True)
 class QParams:
-    """``x ~ (q - zero_point) * scale``, with ``q`` of ``dtype``: ``torch.quint8`` or ``torch.qint8``."""
+    """``x ~ (q - zero_point) * scale``, with ``q`` of ``dtype``: ``torch.quint8`` or ``torch.qint8``.
+
+    ``ends`` are the least and the largest ``q``, where these are not all that the type has.
+    """
 
     scale: float
     zero_point: int
     dtype: torch.dtype
+    ends: tuple[int, int] | None = None
 
     def after(self, operation: Callable[[torch.Tensor], torch.Tensor]) -> QParams:
         """Those of what ``operation`` gives for an int8 tensor that has these."""
@@ -55,18 +60,21 @@ class QParams:
         return QParams(found.q_scale(), found.q_zero_point(), found.dtype)
 
 
-def neutral(converted: fx.GraphModule, recurrent: dict[str, nn.Module]) -> fx.GraphModule:
+def neutral(
+    converted: fx.GraphModule, recurrent: dict[str, nn.Module], ends: dict[str, tuple[int, int]]
+) -> fx.GraphModule:
     """The graph ``converted`` with explicit operators in the place of int8 tensors.
 
     Args:
         converted: Its modules are taken over, and changed.
         recurrent: The float layers of those that take the ranges of activations at run time, which have no neutral
             form.
+        ends: Name of a module whose result has fewer than 8 bits -> the least and the largest of its integers.
     """
     for name, module in list(converted.named_modules()):
         if isinstance(module, RECURRENT_MODULES) and name in recurrent:
             _put(converted, name, recurrent[name])
-    return _Writer(converted).write()
+    return _Writer(converted, ends).write()
 
 
 class _Writer:
@@ -77,8 +85,9 @@ class _Writer:
         written: Node of the converted graph -> that of the new one, which gives its value dequantized.
     """
 
-    def __init__(self, converted: fx.GraphModule) -> None:
+    def __init__(self, converted: fx.GraphModule, ends: dict[str, tuple[int, int]]) -> None:
         self.module = converted
+        self.ends = ends
         self.graph = fx.Graph()
         self.known: dict[fx.Node, QParams] = {}
         self.written: dict[fx.Node, fx.Node] = {}
@@ -102,8 +111,8 @@ class _Writer:
 
     def _round(self, node: fx.Node, value: fx.Node, qparams: QParams) -> fx.Node:
         self.known[node] = qparams
-        dtype, low, high = _STORED[qparams.dtype]
-        limits = (qparams.scale, qparams.zero_point, low, high, dtype)
+        low, high = qparams.ends or WHOLE[qparams.dtype]
+        limits = (qparams.scale, qparams.zero_point, low, high, _STORED[qparams.dtype])
         quantized = self.graph.call_function(_OPS.quantize_per_tensor.default, (value, *limits))
         return self.graph.call_function(_OPS.dequantize_per_tensor.default, (quantized, *limits))
 
@@ -113,7 +122,7 @@ class _Writer:
         kind = type(module)
         if kind is quantized_modules.Quantize:
             (source,) = node.all_input_nodes
-            qparams = QParams(float(module.scale), int(module.zero_point), module.dtype)
+            qparams = QParams(float(module.scale), int(module.zero_point), module.dtype, self.ends.get(name))
             return self._round(node, self.written[source], qparams)
         if kind is quantized_modules.DeQuantize:
             return self.written[node.all_input_nodes[0]]
@@ -139,7 +148,8 @@ class _Writer:
         value = self.graph.node_copy(node, lambda n: self.written[n])
         if relu:
             value = self.graph.call_function(F.relu, (value,))
-        return self._round(node, value, QParams(float(module.scale), int(module.zero_point), dtype))
+        qparams = QParams(float(module.scale), int(module.zero_point), dtype, self.ends.get(name))
+        return self._round(node, value, qparams)
 
     def _functional(self, node: fx.Node, module: Functional) -> fx.Node:
         args: Any = fx.node.map_arg(node.args, lambda n: self.written[n])
@@ -151,7 +161,7 @@ class _Writer:
                 args = (args[0], round(number / qparams.scale) * qparams.scale)
             qparams = qparams.after(lambda x: module(x, number))
         else:
-            qparams = QParams(own.scale, own.zero_point, qparams.dtype)
+            qparams = QParams(own.scale, own.zero_point, qparams.dtype, self.ends.get(str(node.target)))
         functions: dict[str, Any] = {
             "add": torch.add, "add_relu": torch.add, "add_scalar": torch.add, "mul": torch.mul,
             "mul_scalar": torch.mul, "matmul": torch.matmul, "cat": torch.cat,

@@ -18,7 +18,7 @@ from lightning_quant._torch_ao import (
     swap_float_functional,
 )
 from lightning_quant.arguments import Call
-from lightning_quant.backends import embeddings, islands
+from lightning_quant.backends import embeddings, few_bits, islands
 from lightning_quant.backends.beginning import (
     Begun,
     batch_norms_inside,
@@ -154,6 +154,8 @@ def convert(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None) 
     known = info(prepared)
     with working(known.config):
         twin = finished(prepared, kept)
+        if known.method != "dynamic":
+            few_bits.saturate(twin)
         converted = convert_graph(twin, is_reference=False, backend_config=native_patterns(known.method))
         embeddings.pack(converted)
     islands.drop_marks(converted)

@@ -49,7 +49,7 @@ from lightning_quant.backends.tracing import trace
 from lightning_quant.config import Method, QuantConfig, resolve
 from lightning_quant.errors import CalibrationError, CaptureError, ExportError
 from lightning_quant.qconfig import (
-    weight_range,
+    largest_weight,
 )
 from lightning_quant.scripted import program_of
 
@@ -145,7 +145,7 @@ def _of_graph(
     if method != "dynamic":
         if any(isinstance(part, ScriptModule) for part in graph_module.modules()):
             config = _careful(config)
-        plan = kernels.plan(graph_module, config, weight_range(config)[1], config.skip)
+        plan = kernels.plan(graph_module, config, largest_weight(config), config.skip)
         config = kernels.with_engine(config, plan)
         traced = replace(traced, float_layers=traced.float_layers | plan.float_layers)
         narrow = plan.narrow if asked.reduce_range is None else narrow
@@ -215,7 +215,7 @@ def _plan_of_modules(model: nn.Module, config: QuantConfig) -> kernels.Plan:
         careful = _careful(config)
         names = [name for name, _ in model.named_modules()] if careful.engine != "qnnpack" else ()
         return kernels.Plan(careful.engine, frozenset(names), unknown_layers(model))
-    return kernels.plan_modules(model, config, weight_range(config)[1], config.skip)
+    return kernels.plan_modules(model, config, largest_weight(config), config.skip)
 
 
 def _careful(config: QuantConfig) -> QuantConfig:

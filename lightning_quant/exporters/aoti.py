@@ -66,6 +66,8 @@ def export(program: torch.export.ExportedProgram, path: Path, metadata: dict[str
 
 def _with_int8_kernels(program: torch.export.ExportedProgram, source: Path, path: Path, described: Path) -> str | None:
     """Compile with torchao's patterns; why the package cannot be used, or None if it can."""
+    if any(_is_narrow(node) for node in program.graph.nodes):
+        return "activations have fewer than 8 bits, to which torchao's int8 kernels do not clamp"
     if find_spec("torchao") is None:
         return "torchao is not installed (pip install 'lightning-quant[pt2e]')"
     try:
@@ -84,6 +86,15 @@ def _with_int8_kernels(program: torch.export.ExportedProgram, source: Path, path
     if figure >= LEAST_DB:
         return None
     return f"torchao's int8 kernels compute something else for this model ({figure:.1f} dB)"
+
+
+def _is_narrow(node: torch.fx.Node) -> bool:
+    """Whether ``node`` quantizes to fewer integers than its type has."""
+    if node.target is not torch.ops.quantized_decomposed.quantize_per_tensor.default:
+        return False
+    _, _, _, least, most, dtype = node.args
+    assert isinstance(dtype, torch.dtype)
+    return (least, most) != (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
 
 
 def _compile(source: Path, path: Path, described: Path, *, int8_kernels: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, treespec_dumps
 
+from lightning_quant.config import QuantConfig
 from lightning_quant.exporters.program import Program
 from lightning_quant.runtime import FORMAT_VERSION
 from lightning_quant.runtime.state import described as described_state
@@ -73,10 +75,52 @@ def metadata_of(
         "output_dtypes": [str(x.dtype) for x in leaves],
         "output_spec": treespec_dumps(spec),
         "left_float": list(left_float),
+        "bits": bits_of(program.config, format_name),
         "metrics": facts.metrics,
         "class_labels": None if facts.class_labels is None else list(facts.class_labels),
     }
     return metadata | ({"state": _state(program, metadata)} if program.state else {})
+
+
+#: Formats whose runtimes take integers of 4 bits, from which they make int8 when they load the file.
+STORE_4_BITS = ("onnx", "openvino")
+
+
+def bits_of(config: QuantConfig, format_name: str) -> dict[str, Any]:
+    """Of weights and activations, as ``config`` has them, each number once; and the type that the smallest are kept in.
+
+    >>> from lightning_quant.config import TensorSpec
+    >>> bits_of(QuantConfig(weight=TensorSpec(bits=4)), "onnx")
+    {'weights': [4], 'activations': [8], 'weights_stored': 'int4'}
+    """
+    weights = sorted({config.weight.bits, *(layer.weight.bits for layer in config.layers if layer.weight)})
+    activations = sorted({config.activation.bits, *(o.activation.bits for o in config.layers if o.activation)})
+    stored = "int4" if weights[0] <= 4 and format_name in STORE_4_BITS else "int8"
+    return {"weights": weights, "activations": activations, "weights_stored": stored}
+
+
+def remarks_on_bits(config: QuantConfig, formats: Collection[str]) -> list[str]:
+    """Sentences for the report, where something has fewer than 8 bits."""
+    bits = bits_of(config, "")
+    remarks = []
+    if bits["weights"][0] < 8:
+        small = [name for name in formats if bits_of(config, name)["weights_stored"] == "int4"]
+        wide = [name for name in formats if name not in small]
+        remarks.append(
+            f"Weights have {_numbers(bits['weights'])} bits."
+            + (f" {', '.join(small)}: those of 4 or fewer are stored in 4 bits." if small else "")
+            + (f" {', '.join(wide)}: stored in 8 bits, with the values of fewer, and no smaller." if wide else "")
+        )
+    if bits["activations"][0] < 8:
+        remarks.append(
+            f"Activations have {_numbers(bits['activations'])} bits: kernels compute with 8, and are held to the "
+            "values of fewer."
+        )
+    return remarks
+
+
+def _numbers(values: list[int]) -> str:
+    return " and ".join(map(str, values))
 
 
 def _state(program: Program, metadata: dict[str, Any]) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import torch
 
 from lightning_quant._torch_ao import quiet
 from lightning_quant.errors import ExportError, MissingExtraError
+from lightning_quant.exporters.onnx_bits import OPSET, has_small_weights, store_weights_in_4_bits, translations
 from lightning_quant.runtime.state import tensor_names
 
 METADATA_KEY = "lightning_quant"
@@ -30,9 +31,10 @@ def export(program: torch.export.ExportedProgram, path: Path, metadata: dict[str
         MissingExtraError: onnx or onnxscript is not installed.
         ExportError: The program cannot be written as ONNX, or the file is not valid.
     """
-    model = to_model(program, metadata, path)
+    model = to_model(program, metadata, path, opset=OPSET if has_small_weights(program) else None)
     _store_biases_as_integers(model)
     _quantize_gates(model)
+    store_weights_in_4_bits(model)
     import onnx
 
     prop = model.metadata_props.add()
@@ -44,13 +46,16 @@ def export(program: torch.export.ExportedProgram, path: Path, metadata: dict[str
     onnx.save(model, str(path))
 
 
-def to_model(program: torch.export.ExportedProgram, metadata: dict[str, Any], scratch: Path) -> Any:
+def to_model(
+    program: torch.export.ExportedProgram, metadata: dict[str, Any], scratch: Path, opset: int | None = None
+) -> Any:
     """``program`` as an ``onnx.ModelProto`` without metadata.
 
     Args:
         program: From :func:`lightning_quant.exporters.qdq.to_program`.
         metadata: As of :func:`export`.
         scratch: A file to write on the way.
+        opset: The version of ONNX's operators. None: what torch.onnx writes.
 
     Raises:
         MissingExtraError: onnx or onnxscript is not installed.
@@ -66,8 +71,9 @@ def to_model(program: torch.export.ExportedProgram, metadata: dict[str, Any], sc
     try:
         with quiet(), _quiet_exporter(), torch.no_grad():
             written = torch.onnx.export(
-                program, (), dynamo=True, input_names=names, output_names=outputs, verbose=False
-            )
+                program, (), dynamo=True, input_names=names, output_names=outputs, verbose=False,
+                custom_translation_table=translations(), opset_version=opset,
+            )  # fmt: skip
     except torch.onnx.errors.OnnxExporterError as error:
         raise ExportError(f"torch.onnx cannot write this model: {error}") from error
     assert written is not None  # as it is with dynamo=True

@@ -13,6 +13,7 @@ import torch
 from lightning_quant._torch_ao import quiet
 from lightning_quant.errors import ExportError, MissingExtraError
 from lightning_quant.exporters import onnx
+from lightning_quant.exporters.onnx_bits import fits, packed
 
 METADATA_KEY = "lightning_quant"
 
@@ -47,9 +48,38 @@ def export(program: torch.export.ExportedProgram, path: Path, metadata: dict[str
         except RuntimeError as error:  # OpenVINO's own errors
             raise ExportError(f"OpenVINO cannot read this model: {error}") from error
         _use_hsigmoid(converted)
+        stored = _store_weights_in_4_bits(converted)  # to be kept: constants read its memory
         converted.set_rt_info(json.dumps(metadata), [METADATA_KEY])
         # not in half precision: the rest of the model is what it is in the program
         openvino.save_model(converted, str(path), compress_to_fp16=False)
+        del stored
+
+
+def _store_weights_in_4_bits(model: Any) -> list[Any]:
+    """Store each int8 weight whose integers are from -8 to 7 in 4 bits, with a conversion to int8 behind it.
+
+    OpenVINO computes the conversion once, when it compiles the model, and multiplies int8 from there on. What it
+    dequantizes from 4 bits itself is multiplied in float.
+
+    Returns:
+        The memory of what is stored.
+    """
+    import openvino
+    from openvino import opset13
+
+    memory: list[Any] = []
+    for node in model.get_ops():
+        if node.get_type_name() != "Constant" or node.get_output_element_type(0) != openvino.Type.i8:
+            continue
+        integers = node.get_data()
+        if integers.ndim < 2 or not fits(integers):
+            continue
+        memory.append(packed(integers))
+        stored = openvino.Tensor(memory[-1], openvino.Shape(integers.shape), openvino.Type.i4)
+        wide = opset13.convert(opset13.constant(stored), openvino.Type.i8)
+        for reader in node.output(0).get_target_inputs():
+            reader.replace_source_output(wide.output(0))
+    return memory
 
 
 def _leave_out_zero_points(model: Any) -> None:

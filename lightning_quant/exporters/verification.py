@@ -24,6 +24,8 @@ MIN_SQNR_DB = 25.0
 #: A network that amplifies single roundings may differ by as much as it differs from itself, and a margin; not by more.
 AMPLIFICATION_MARGIN_DB = 6.0
 LEAST_SQNR_DB = 10.0
+#: A bit less of activations makes one rounding to the next integer twice as large.
+DB_PER_BIT = 6.0
 #: How much further from float than the int8 model in memory a file may be.
 FLOAT_MARGIN_DB = 1.0
 
@@ -36,6 +38,7 @@ def verify(
     *,
     in_float: nn.Module | None = None,
     converted: nn.Module | None = None,
+    bits: int = 8,
     differs_at: Callable[[float], str] = lambda needed: "",
 ) -> float:
     """Compare a loaded file with the program that it was written from.
@@ -47,6 +50,8 @@ def verify(
         inputs: Real inputs of several sizes. The first counts.
         in_float: The float model, if there is one.
         converted: The int8 model in memory.
+        bits: The fewest that an activation has. Runtimes round ties and biases in their own ways, which moves some
+            values by one integer: with fewer bits that is a larger step.
         differs_at: Given the decibels that are needed, a sentence on the first layer that has less. Asked for only if
             the file is wrong.
 
@@ -66,9 +71,10 @@ def verify(
                 "QuantConfig(skip=...)."
             )
         figures = [sqnr_db(source(*data), output) for data, output in zip(inputs, outputs, strict=True)]
-        if min(figures) < MIN_SQNR_DB:
+        least = max(LEAST_SQNR_DB, MIN_SQNR_DB - DB_PER_BIT * (8 - bits))
+        if min(figures) < least:
             own = min(_own_sqnr_db(source, data) for data in inputs)
-            needed = max(LEAST_SQNR_DB, min(MIN_SQNR_DB, own - AMPLIFICATION_MARGIN_DB))
+            needed = max(LEAST_SQNR_DB, min(least, own - AMPLIFICATION_MARGIN_DB))
             if min(figures) < needed:
                 raise ExportError(
                     f"{label}: the file computes something else than the model that it was written from: "
@@ -77,20 +83,21 @@ def verify(
                     "QuantConfig(skip=...)."
                 )
         if in_float is not None and converted is not None and figures[0] < 2 * MIN_SQNR_DB:
-            _check_distance_to_float(label, inputs[0], outputs[0], in_float, converted)
+            margin = FLOAT_MARGIN_DB * (9 - bits)
+            _check_distance_to_float(label, inputs[0], outputs[0], in_float, converted, margin)
     return figures[0]
 
 
 def _check_distance_to_float(
-    label: str, data: tuple[Any, ...], output: Any, in_float: nn.Module, converted: nn.Module
+    label: str, data: tuple[Any, ...], output: Any, in_float: nn.Module, converted: nn.Module, margin: float
 ) -> None:
     expected = in_float(*data)
     of_file, of_model = sqnr_db(expected, output), sqnr_db(expected, converted(*data))
-    if of_file >= of_model - FLOAT_MARGIN_DB:
+    if of_file >= of_model - margin:
         return
     # a network that amplifies single roundings is now nearer to float and now further from it
     nudged = sqnr_db(expected, converted(*_nudged(data)))
-    if of_file < min(of_model, nudged) - FLOAT_MARGIN_DB:
+    if of_file < min(of_model, nudged) - margin:
         raise ExportError(
             f"{label}: the file is further from the float model than the int8 model in memory: {of_file:.1f} dB "
             f"against {of_model:.1f} dB. It was not kept. Leave the format out with ExportConfig(formats=...)."

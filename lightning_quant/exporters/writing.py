@@ -30,7 +30,15 @@ from lightning_quant.errors import (
     first_line,
 )
 from lightning_quant.exporters import aoti, onnx, openvino, pt2, skip_slow, torchscript
-from lightning_quant.exporters.describing import NO_FACTS, Facts, any_sizes, metadata_of, metadata_of_part, shapes_of
+from lightning_quant.exporters.describing import (
+    NO_FACTS,
+    Facts,
+    any_sizes,
+    bits_of,
+    metadata_of,
+    metadata_of_part,
+    shapes_of,
+)
 from lightning_quant.exporters.layouts import LAYOUTS, int8_layers, laid_out
 from lightning_quant.exporters.program import Program, check_exportable
 from lightning_quant.exporters.qdq import to_program
@@ -292,7 +300,8 @@ class _Writer:
         try:
             figure = verify(
                 label, _reload(label, path), source, self._calls(source),
-                in_float=program.in_float, converted=program.converted, differs_at=differs_at,
+                in_float=program.in_float, converted=program.converted,
+                bits=bits_of(program.config, name)["activations"][0], differs_at=differs_at,
             )  # fmt: skip
         except ExportError as error:
             raise _WrongFile(str(error)) from error

@@ -16,9 +16,11 @@ import torch
 from models import Mlp, Residual, TwoInputs, calibrated, decibels, settle
 from torch import nn
 
-from lightning_quant import ArtifactError, ExportConfig, ExportError, QuantConfig, export, load
+from lightning_quant import ArtifactError, ExportConfig, ExportError, QuantConfig, TensorSpec, export, load
 from lightning_quant.analysis.kernels import kernels
-from lightning_quant.exporters import aoti
+from lightning_quant.exporters import aoti, qdq
+from lightning_quant.exporters.layouts import LAYOUTS, laid_out
+from lightning_quant.exporters.qdq import to_program
 
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao")
 
@@ -221,3 +223,21 @@ def test_what_the_compiler_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     prepared = calibrated(Mlp().eval(), x)
     with pytest.raises(ExportError, match=r"^AOTInductor (cannot compile this model: |needs a C\+\+ compiler: )"):
         export(prepared, None, ExportConfig(directory=tmp_path / "files", formats=("aoti",)), x)
+
+
+@pytest.mark.slow
+def test_activations_of_fewer_bits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Torchao's kernels saturate at 255: 11 dB with values four times as large as the range."""
+    torch.manual_seed(0)
+    config = QuantConfig(activation=TensorSpec(bits=4), weight=TensorSpec(bits=4), reduce_range=False)
+    x = torch.randn(16, 3, 8, 8)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 5))
+    prepared = calibrated(net.eval(), x, config=config)
+    path = export(prepared, None, ExportConfig(directory=str(tmp_path), formats=("aoti",)), x)["aoti"]
+    assert [r.getMessage() for r in caplog.records if r.name == aoti.__name__] == [
+        "model.aoti.pt2: activations have fewer than 8 bits, to which torchao's int8 kernels do not clamp. It is "
+        "compiled without int8 kernels: it runs slower."
+    ]
+    program = laid_out(to_program(qdq(prepared), (x[:2],), ()), LAYOUTS["aoti"])
+    with torch.no_grad():
+        assert decibels(program.module(check_guards=False)(4 * x), load(path)(4 * x)) > 25
