@@ -7,6 +7,7 @@ from lightning_quant.analysis.sensitivity import LayerSensitivity, Sensitivity, 
 from lightning_quant.backends import convert, prepare
 from lightning_quant.callbacks import PostTrainingQuantization, QuantizationAwareTraining
 from lightning_quant.config import ExportConfig, LayerConfig, QuantConfig, TensorSpec
+from lightning_quant.diagnosis import Diagnosis, Trial, diagnose
 from lightning_quant.distillation import Distillation
 from lightning_quant.errors import (
     ArtifactError,
@@ -33,6 +34,7 @@ __all__ = [
     "ConfigError",
     "Coverage",
     "CoverageError",
+    "Diagnosis",
     "Distillation",
     "ExportConfig",
     "ExportError",
@@ -51,8 +53,10 @@ __all__ = [
     "RankError",
     "Sensitivity",
     "TensorSpec",
+    "Trial",
     "convert",
     "coverage",
+    "diagnose",
     "export",
     "export_checkpoint",
     "load",

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from jsonargparse import ArgumentParser
 
@@ -18,6 +18,7 @@ from lightning_quant.analysis.comparison import compare as _compare
 from lightning_quant.analysis.comparison import read_data
 from lightning_quant.config import Method, PostTrainingMethod, QuantConfig
 from lightning_quant.custom import load_class
+from lightning_quant.diagnosis import diagnose as _diagnose
 from lightning_quant.errors import ArtifactError, ConfigError, QuantizationError, first_line
 from lightning_quant.formatting import shown_db
 from lightning_quant.from_checkpoint import export_checkpoint
@@ -188,6 +189,53 @@ def plan(
         sys.stdout.write(f"{output}: {found.coverage:.1%} of the multiply-accumulates in int8\n")
 
 
+def diagnose(
+    checkpoint: str,
+    *,
+    model: str,
+    monitor: str,
+    data: str | None = None,
+    config: QuantConfig = QuantConfig(),
+    max_drop: float = 0.005,
+    mode: Literal["min", "max"] | None = None,
+    relative: bool = False,
+    calibration_batches: int | None = None,
+    max_evaluations: int = 20,
+    output: str | None = None,
+) -> None:
+    """Find out why int8 costs accuracy, and which settings cost least: other ranges, or a few layers in float.
+
+    Args:
+        checkpoint: Saved by a Trainer. No code in it is run.
+        model: Import path of the LightningModule, e.g. my_package.MyModule.
+        monitor: Name of a metric that the module logs in validation.
+        data: Import path of a LightningDataModule. Default: the dataloaders of the module.
+        config: What to begin with: the name of a recipe, e.g. int8_static, or a YAML file.
+        max_drop: How much worse than in float the metric may be.
+        mode: max if more of it is better, min if less is. Default: by the words in its name.
+        relative: max_drop is a share of the float value.
+        calibration_batches: How many batches are observed. Default: all.
+        max_evaluations: How many sets of layers the search tries at the most.
+        output: Write the settings that were found there, for ptq --config.
+    """
+    found = _diagnose(
+        checkpoint,
+        _class(model, "--model"),
+        config,
+        monitor=monitor,
+        max_drop=max_drop,
+        mode=mode,
+        relative=relative,
+        datamodule=None if data is None else _class(data, "--data"),
+        calibration_batches=calibration_batches,
+        max_evaluations=max_evaluations,
+        progress=CONSOLE,
+    )
+    found.print()
+    if output is not None:
+        Path(output).write_text(found.settings(), encoding="utf8")
+
+
 def report(path: str, html: str | None = None) -> None:
     """Show a report again.
 
@@ -207,6 +255,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "plan": plan,
     "ptq": ptq,
+    "diagnose": diagnose,
     "export": export,
     "inspect": inspect,
     "compare": compare,

@@ -81,7 +81,7 @@ def within_bound(
     history = History(folder / STATE, fingerprint(task.module, *settings), reference, team)
     simulated: Graphs = {name: simulate_graph(graph, empty_places(graph)) for name, graph in graphs.items()}
     if not history.ordered:
-        calls = _record(task, simulated)
+        calls = record_calls(task, simulated)
         found = team.by_first(lambda: measured(simulated, calls))
         history.ordered = candidates(_named(found, task.module))
         history.write()
@@ -157,8 +157,8 @@ def _is_left(name: str, left_float: frozenset[str]) -> bool:
     return any(name == left or name.startswith(f"{left}.") for left in left_float)
 
 
-def _record(task: Task, simulated: Graphs) -> dict[str, list[tuple[Any, ...]]]:
-    """What each graph is given in the first batches, in float."""
+def record_calls(task: Task, simulated: Graphs) -> dict[str, list[tuple[Any, ...]]]:
+    """Target -> what its graph is given in the first batches, in float. All layers are in float afterwards."""
     calls: dict[str, list[tuple[Any, ...]]] = {name: [] for name in simulated}
 
     def keep(name: str) -> Callable[..., None]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from models import mobile
 from roots import pl
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -81,6 +82,13 @@ class Digits(pl.LightningDataModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         images, labels = batch
         return images / RAW_MAX, labels
+
+
+class ManyDigits(pl.LightningDataModule):
+    """So many for validation that an accuracy says something."""
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(rows(1000, 1797), batch_size=100)
 
 
 class Augmented(Dataset):
@@ -198,6 +206,13 @@ class BuiltInConfigureModel(Classifier):
     def configure_model(self) -> None:
         if not hasattr(self, "net"):
             self.net = convnet()
+
+
+class Mobile(Classifier):
+    """Depthwise and pointwise convolutions by turns."""
+
+    def __init__(self) -> None:
+        super().__init__(mobile())
 
 
 class WithHyperparameters(Classifier):

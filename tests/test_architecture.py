@@ -66,6 +66,7 @@ LAYERS = (
     ("pipeline",),
     ("from_checkpoint", "fallback"),
     ("planning", "post_training"),
+    ("diagnosis",),
     ("callbacks",),
     ("demo",),
     ("lightning_cli", "tables"),

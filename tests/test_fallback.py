@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from models import mobile, poisoned
 from modules import Classifier, Recurrent, digits, rows, trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -27,22 +28,6 @@ from lightning_quant.pipeline import capture
 NATIVE = {"fx": ("torchscript",), "eager": ("torchscript",), "pt2e": ("pt2",)}
 
 
-def _separable(width: int, out: int) -> list[nn.Module]:
-    return [
-        nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-        nn.Conv2d(width, out, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU(),
-    ]  # fmt: skip
-
-
-def mobile() -> nn.Sequential:
-    """Depthwise and pointwise convolutions by turns, as in a MobileNet: ten layers with weights."""
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
-        *_separable(16, 32), nn.MaxPool2d(2), *_separable(32, 32), *_separable(32, 64), *_separable(64, 64),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def trained() -> nn.Sequential:
     torch.manual_seed(0)
@@ -55,18 +40,6 @@ def trained() -> nn.Sequential:
             F.cross_entropy(net(images[start : start + 50] / 16), labels[start : start + 50]).backward()
             optimizer.step()
     return net.eval()
-
-
-def poisoned(net: nn.Sequential, conv: int = 10) -> nn.Sequential:
-    """The first channel behind a layer is 3000 times as large, and the next layer divides by it: the same function."""
-    net = copy.deepcopy(net)
-    norm: Any = net[conv + 1]
-    following: Any = net[conv + 3]
-    with torch.no_grad():
-        norm.weight[0] *= 3000
-        norm.bias[0] *= 3000
-        (following.weight[0] if following.groups > 1 else following.weight[:, 0]).div_(3000)
-    return net
 
 
 def val_loader() -> DataLoader:
