@@ -29,6 +29,7 @@ BESIDES = {
     "lightning_quant.progress.CONSOLE",
     "lightning_quant.progress.Progress",
     "lightning_quant.report_page.write_html",
+    "lightning_quant.tuning.goal.Goal",
     *(f"lightning_quant.recipes.{name}" for name in recipes.RECIPES),
 }
 
