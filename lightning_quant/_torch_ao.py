@@ -301,7 +301,10 @@ def _may_be_overwritten(node: torch.fx.Node, computed: torch.fx.Node) -> bool:
         schema = getattr(target, "_schema", None)
         if schema is None or not schema.arguments or schema.arguments[0].alias_info is None:
             return True
-        node = node.args[0]  # type: ignore[assignment]
+        viewed = node.args[0]
+        if not isinstance(viewed, torch.fx.Node):
+            return False
+        node = viewed
 
 
 #: The announcements that a user of this package can do nothing about, by the start of their text.

@@ -14,16 +14,15 @@ from rich.console import Console
 
 from lightning_quant.analysis.sampling import standard_error
 from lightning_quant.analysis.sensitivity import Sensitivity
-from lightning_quant.analysis.simulation import simulate_graph
 from lightning_quant.capture import Capture
 from lightning_quant.config import QuantConfig, near
 from lightning_quant.errors import ConfigError, QuantizationError, first_line
 from lightning_quant.evaluate import copy_of, evaluate
-from lightning_quant.fallback import Task, measured, record_calls, within_bound
+from lightning_quant.fallback import Task, sensitivity_of, simulated_graphs, within_bound
 from lightning_quant.formatting import shown_number, shown_share
 from lightning_quant.from_checkpoint import validation_data_of
 from lightning_quant.inputs import isolated_rng, sample_without_trainer
-from lightning_quant.parts import Graphs, convert_module, empty_places
+from lightning_quant.parts import Graphs, convert_module
 from lightning_quant.pipeline import calibrate, capture, check_dtypes, prepare_graphs
 from lightning_quant.post_training import load_pair
 from lightning_quant.progress import SILENT, Progress
@@ -216,7 +215,7 @@ def _walk(task: Task, goal: Goal, floats: dict[str, float], error: float | None,
     captured, graphs = attempt("the settings as they are", task.config)
     if trials[-1].is_enough:
         return found()
-    layers = _sensitivity(task, graphs)
+    layers = sensitivity_of(task, simulated_graphs(graphs))
     for text, config in _other_ranges(task.config):
         try:
             attempt(text, config)
@@ -228,13 +227,15 @@ def _walk(task: Task, goal: Goal, floats: dict[str, float], error: float | None,
     drops = [goal.drop(reference, trial.value) for trial in trials]
     # other ranges are worth keeping if they win back half; of two that lose everything, one is better by chance
     start = trials[drops.index(min(drops))].config if min(drops) < drops[0] / 2 else task.config
+    is_same = start is task.config
     task = replace(task, config=start)
-    if start is not trials[0].config:
+    if not is_same:
         captured, graphs = _calibrated(task, progress)
     with tempfile.TemporaryDirectory() as folder:
-        tuned = within_bound(task, captured, graphs, goal, floats, Path(folder))
-    names = tuned.outcome.left_float
-    value = evaluate(convert_module(task.module, tuned.graphs).module, task.data)[goal.monitor]
+        tuned = within_bound(task, captured, graphs, goal, floats, Path(folder), layers=layers if is_same else None)
+    names, value = tuned.outcome.left_float, tuned.outcome.value
+    if value is None:  # the budget was spent before int8 was evaluated
+        value = evaluate(convert_module(task.module, tuned.graphs).module, task.data)[goal.monitor]
     text = f"{', '.join(names)} in float" if names else "no layer in float"
     config = tuned.outcome.config(start)
     trials.append(Trial(text=text, config=config, value=value, is_enough=goal.is_met(reference, value)))
@@ -253,11 +254,6 @@ def _other_ranges(config: QuantConfig) -> Iterator[tuple[str, QuantConfig]]:
     for name in OBSERVERS:
         if config.activation.observer != name:
             yield f"activation ranges by {name}", replace(config, activation=replace(config.activation, observer=name))
-
-
-def _sensitivity(task: Task, graphs: Graphs) -> Sensitivity:
-    simulated: Graphs = {name: simulate_graph(graph, empty_places(graph)) for name, graph in graphs.items()}
-    return measured(simulated, record_calls(task, simulated))
 
 
 def _share(layers: Sensitivity, names: tuple[str, ...]) -> float:

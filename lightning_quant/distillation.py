@@ -256,11 +256,10 @@ class Distiller:
         if found is None:
             return module.get_submodule(name).register_forward_hook(lambda _, __, given: into.append(given))
         target, place = found
-        graph = self._graphs[target]
+        graph: Any = self._graphs[target]
         read = graph.get_submodule(place.name)
         uses = sum(
-            node.op == "call_module" and graph.get_submodule(str(node.target)) is read
-            for node in graph.graph.nodes  # type: ignore[union-attr]
+            node.op == "call_module" and graph.get_submodule(str(node.target)) is read for node in graph.graph.nodes
         )
         count = iter(range(10**9))
 

@@ -275,7 +275,7 @@ class _Shares:
         self.values: dict[str, tuple[str, float, float]] = {}
         outer = self
 
-        class Reader(root.Callback):  # type: ignore[name-defined]
+        class Reader(root.Callback):  # type: ignore[name-defined]  # of the package that the user has
             def on_validation_end(self, trainer: Any, module: Any) -> None:
                 results = trainer.validate_loop._results
                 for entry in results.values():
@@ -314,7 +314,7 @@ class _BatchCounter:
         self.batches = 0
         outer = self
 
-        class Counter(root.Callback):  # type: ignore[name-defined]
+        class Counter(root.Callback):  # type: ignore[name-defined]  # of the package that the user has
             def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
                 outer.batches += 1
 
@@ -324,7 +324,7 @@ class _BatchCounter:
 def _line(root: ModuleType, begin: Callable[[int | None], Advance]) -> Any:
     """A callback that shows the batches of its loop; it begins when their number is known."""
 
-    class Line(root.Callback):  # type: ignore[name-defined]
+    class Line(root.Callback):  # type: ignore[name-defined]  # of the package that the user has
         advance: Advance
 
         def on_validation_start(self, trainer: Any, module: Any) -> None:

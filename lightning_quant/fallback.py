@@ -56,7 +56,14 @@ class Tuned:
 
 
 def within_bound(
-    task: Task, captured: Capture, graphs: Graphs, goal: Goal, metrics_float: dict[str, float], folder: Path
+    task: Task,
+    captured: Capture,
+    graphs: Graphs,
+    goal: Goal,
+    metrics_float: dict[str, float],
+    folder: Path,
+    *,
+    layers: Sensitivity | None = None,
 ) -> Tuned:
     """Leave layers in float until the goal is met. Of several processes, all have to call it.
 
@@ -67,6 +74,7 @@ def within_bound(
         goal: What has to hold.
         metrics_float: Of the float module.
         folder: Where the state of the search is kept.
+        layers: From :func:`sensitivity_of`, if it is known already.
 
     Raises:
         ConfigError: The module does not log the metric.
@@ -79,10 +87,9 @@ def within_bound(
     settings = (task.config, task.method, task.calibration_batches, goal.monitor)
     team = task.data.team
     history = History(folder / STATE, fingerprint(task.module, *settings), reference, team)
-    simulated: Graphs = {name: simulate_graph(graph, empty_places(graph)) for name, graph in graphs.items()}
+    simulated = simulated_graphs(graphs)
     if not history.ordered:
-        calls = record_calls(task, simulated)
-        found = team.by_first(lambda: measured(simulated, calls))
+        found = sensitivity_of(task, simulated) if layers is None else layers
         history.ordered = candidates(_named(found, task.module))
         history.write()
     prepared: dict[frozenset[str], tuple[Capture, Graphs]] = {frozenset(): (captured, graphs)}
@@ -103,9 +110,17 @@ def within_bound(
     return Tuned(outcome, *prepared[chosen])
 
 
-def measured(simulated: Graphs, calls: dict[str, list[tuple[Any, ...]]]) -> Sensitivity:
-    """The layers of all graphs."""
-    return joined(measure(simulated[name], data, owner=name) for name, data in calls.items() if data)
+def simulated_graphs(graphs: Graphs) -> Graphs:
+    """Of calibrated graphs, those whose layers can be switched between float and int8."""
+    return {name: simulate_graph(graph, empty_places(graph)) for name, graph in graphs.items()}
+
+
+def sensitivity_of(task: Task, simulated: Graphs) -> Sensitivity:
+    """What each layer of all graphs costs, on the first batches. Of several processes, all have to call it."""
+    calls = _record(task, simulated)
+    return task.data.team.by_first(
+        lambda: joined(measure(simulated[name], data, owner=name) for name, data in calls.items() if data)
+    )
 
 
 def _named(found: Sensitivity, module: Any) -> tuple[LayerSensitivity, ...]:
@@ -157,7 +172,7 @@ def _is_left(name: str, left_float: frozenset[str]) -> bool:
     return any(name == left or name.startswith(f"{left}.") for left in left_float)
 
 
-def record_calls(task: Task, simulated: Graphs) -> dict[str, list[tuple[Any, ...]]]:
+def _record(task: Task, simulated: Graphs) -> dict[str, list[tuple[Any, ...]]]:
     """Target -> what its graph is given in the first batches, in float. All layers are in float afterwards."""
     calls: dict[str, list[tuple[Any, ...]]] = {name: [] for name in simulated}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,25 +169,14 @@ def deliver(
         ExportError: A file could not be written or computes something else. No file of this run is left.
         RankError: On the other ranks, where rank 0 raises.
     """
-    if metrics_float is None:
-        twin = copy_of(quantized.float_module)
-        metrics_float = evaluate(twin, data, progress=progress, text="Validating float") if data else {}
-    counter = SampleCounter(data.root) if data else None
-    callbacks = [counter.callback] if counter else []
-    metrics_int8 = {}
-    if data:
-        with unchanged(quantized.module):
-            metrics_int8 = evaluate(
-                quantized.module, data, callbacks=callbacks, progress=progress, text="Validating int8"
-            )
-    num_samples = counter.of_all(data.team) if counter and data else None
+    compared = _compared(quantized, data, metrics_float, progress)
     parts = parts_of(quantized, sample, captured)
     covered = covered_by(quantized, captured, sample, parts)
     written: list[Written] = []
 
     def write_files() -> list[tuple[str, str, str, dict[str, bytes]]]:
         check_coverage(covered, config)
-        facts = {"float": metrics_float, "int8": metrics_int8}
+        facts = {"float": compared.metrics_float, "int8": compared.metrics_int8}
         written.append(_write(quantized, parts, config, method, export, facts, progress))
         return [(a.format, a.target, a.path.name, _contents(a.path, team)) for a in written[0].artifacts]
 
@@ -201,11 +190,9 @@ def deliver(
             found = _report(quantized, captured, parts, covered, written[0], metrics, config, method)
         found = replace(
             found,
+            **asdict(compared),
             metrics_before=metrics_before,
-            metrics_float=metrics_float,
-            metrics_int8=metrics_int8,
             num_processes=team.size,
-            num_samples=num_samples,
             made_by=made_by or {},
             run=run,
         )
@@ -216,6 +203,31 @@ def deliver(
         return found
 
     return team.by_first(report)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Compared:
+    """Metrics of validation, and of how many samples they are: fields of the report."""
+
+    metrics_float: dict[str, float]
+    metrics_int8: dict[str, float]
+    num_samples: int | None
+
+
+def _compared(
+    quantized: Quantized, data: ValidationData | None, metrics_float: dict[str, float] | None, progress: Progress
+) -> _Compared:
+    if data is None:
+        return _Compared(metrics_float=metrics_float or {}, metrics_int8={}, num_samples=None)
+    if metrics_float is None:
+        twin = copy_of(quantized.float_module)
+        metrics_float = evaluate(twin, data, progress=progress, text="Validating float")
+    counter = SampleCounter(data.root)
+    with unchanged(quantized.module):
+        metrics_int8 = evaluate(
+            quantized.module, data, callbacks=[counter.callback], progress=progress, text="Validating int8"
+        )
+    return _Compared(metrics_float=metrics_float, metrics_int8=metrics_int8, num_samples=counter.of_all(data.team))
 
 
 def _write(

@@ -70,19 +70,8 @@ def quantize_checkpoint(
         ExportError: A file could not be written, or computes something else.
     """
     config = config or QuantConfig()
-    if method not in get_args(PostTrainingMethod):
-        raise ConfigError(
-            f"quantize_checkpoint(method={method!r}): give 'static' or 'dynamic'. To train with fake quantize, use "
-            "QuantizationAwareTraining."
-        )
     export = ExportConfig(directory=directory, formats=None if formats is None else tuple(formats))  # type: ignore[arg-type]  # checked by ExportConfig
-    check_method(config, method)
-    check_classes(config)
-    resolve(config)
-    resolve_formats(config, method, export)
-    if calibration_batches is not None and calibration_batches < 1:
-        raise ConfigError(f"calibration_batches={calibration_batches!r}: give 1 or more, or None for all.")
-    check_writable(export.path)
+    _check(config, method, export, calibration_batches)
     module, datamodule = load_pair(Path(checkpoint), module, datamodule)
     with isolated_rng(), torch.device("cpu"):
         data = validation_data_of(module, datamodule)
@@ -103,6 +92,24 @@ def quantize_checkpoint(
         return deliver(
             quantized, captured, sample, data, config, method, export, metrics_float=metrics, progress=progress
         )
+
+
+def _check(
+    config: QuantConfig, method: PostTrainingMethod, export: ExportConfig, calibration_batches: int | None
+) -> None:
+    """Find out before any work is done what would fail after it."""
+    if method not in get_args(PostTrainingMethod):
+        raise ConfigError(
+            f"quantize_checkpoint(method={method!r}): give 'static' or 'dynamic'. To train with fake quantize, use "
+            "QuantizationAwareTraining."
+        )
+    check_method(config, method)
+    check_classes(config)
+    resolve(config)
+    resolve_formats(config, method, export)
+    if calibration_batches is not None and calibration_batches < 1:
+        raise ConfigError(f"calibration_batches={calibration_batches!r}: give 1 or more, or None for all.")
+    check_writable(export.path)
 
 
 def load_pair(path: Path, module: Any, datamodule: Any) -> tuple[Any, Any]:

@@ -21,7 +21,7 @@ class SampleCounter:
         self._samples: int | None = 0
         outer = self
 
-        class Counter(root.Callback):  # type: ignore[name-defined]
+        class Counter(root.Callback):  # type: ignore[name-defined]  # of the package that the user has
             def on_validation_batch_end(
                 self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
             ) -> None:

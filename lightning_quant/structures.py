@@ -308,7 +308,16 @@ def agree(expected: Any, found: Any) -> bool:
     return True
 
 
-def unchanged(before: Any, after: Any) -> bool:
-    """Whether all tensors of two values of one structure hold the same, NaN included."""
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors hold the same values, NaN among them, in one shape and dtype."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if torch.equal(a, b):
+        return True
+    return a.is_floating_point() and torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def all_same(before: Any, after: Any) -> bool:
+    """Whether all tensors of two values of one structure are the :func:`same`."""
     pairs = zip(tree_flatten(before)[0], tree_flatten(after)[0], strict=True)
-    return all(torch.allclose(a, b, 0.0, 0.0, equal_nan=True) for a, b in pairs if isinstance(a, torch.Tensor))
+    return all(same(a, b) for a, b in pairs if isinstance(a, torch.Tensor))

@@ -8,10 +8,7 @@ from typing import Any
 
 import modules
 import pytest
-import torch
-import torch.nn.functional as F
-from models import mobile, poisoned
-from modules import digits
+from models import poisoned
 
 from lightning_quant import ConfigError, Diagnosis, QuantConfig, QuantReport, diagnose
 from lightning_quant.cli import main
@@ -30,17 +27,8 @@ def save(net: Any, path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    torch.manual_seed(0)
-    net = mobile()
-    images, labels = digits()
-    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
-    for _ in range(6):
-        for start in range(0, 1000, 50):
-            optimizer.zero_grad()
-            F.cross_entropy(net(images[start : start + 50] / 16), labels[start : start + 50]).backward()
-            optimizer.step()
+    net = modules.trained_mobile(epochs=6)
     folder = tmp_path_factory.mktemp("float")
-    net.eval()
     return {"sound": save(net, folder / "sound.ckpt"), "poisoned": save(poisoned(net), folder / "poisoned.ckpt")}
 
 

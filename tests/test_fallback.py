@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import mobile, poisoned
-from modules import Classifier, Recurrent, digits, rows, trainer
+from modules import Classifier, Recurrent, digits, rows, trained_mobile, trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -30,16 +30,7 @@ NATIVE = {"fx": ("torchscript",), "eager": ("torchscript",), "pt2e": ("pt2",)}
 
 @pytest.fixture(scope="module")
 def trained() -> nn.Sequential:
-    torch.manual_seed(0)
-    net = mobile()
-    images, labels = digits()
-    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
-    for _ in range(8):
-        for start in range(0, 1000, 50):
-            optimizer.zero_grad()
-            F.cross_entropy(net(images[start : start + 50] / 16), labels[start : start + 50]).backward()
-            optimizer.step()
-    return net.eval()
+    return trained_mobile(epochs=8)
 
 
 def val_loader() -> DataLoader:

@@ -174,7 +174,8 @@ def _costs(runner: Runner, data: tuple[Any, ...]) -> tuple[Any, list[float], boo
     for number, node in enumerate(runner.nodes):
         # they are held, so that their versions can be asked for afterwards
         before = [(x, x._version) for n in node.all_input_nodes for x in _tensors(values[n])]
-        given = values.get(runner.data_of(node)) if node.name in runner.layers else None  # type: ignore[arg-type]
+        read = runner.data_of(node) if node.name in runner.layers else None
+        given = None if read is None else values.get(read)
         runner.step(values, number)
         changes = changes or any(x._version != version for x, version in before)
         output = values.get(node, None)

@@ -51,14 +51,15 @@ class Observed:
     @property
     def outlier_channels(self) -> tuple[int, ...]:
         """Channels of the input whose values are far larger than those of most others, the largest first."""
-        if self.channels is None or self.channels.numel() < 4:
+        channels = self.channels
+        if channels is None or channels.numel() < 4:
             return ()
         # of many channels that are 0 (behind a ReLU), the median says nothing
-        usual = self.channels[self.channels > 0].median() if bool((self.channels > 0).any()) else torch.tensor(0.0)
+        usual = channels[channels > 0].median() if bool((channels > 0).any()) else torch.tensor(0.0)
         if usual <= 0:
             return ()
-        found = (self.channels > OUTLIER * usual).nonzero().flatten().tolist()
-        return tuple(sorted(found, key=lambda c: -float(self.channels[c])))  # type: ignore[index]
+        found = (channels > OUTLIER * usual).nonzero().flatten().tolist()
+        return tuple(sorted(found, key=lambda c: -float(channels[c])))
 
 
 def observed(seen: Observed, given: torch.Tensor, weight: torch.Tensor, kind: str, rounding: Any) -> None:

@@ -227,13 +227,14 @@ def _switch_pairs(graph_module: fx.GraphModule) -> None:
 
 
 def _rounding(quantize: fx.Node) -> nn.Module:
-    _, scale, zero_point, low, high, _ = quantize.args
+    arguments: Any = quantize.args  # of one operator: what they are is known
+    _, scale, zero_point, low, high, _ = arguments
     if quantize.target is _OPS.quantize_per_tensor.default:
-        return Rounding(float(scale), int(zero_point), int(low), int(high))  # type: ignore[arg-type]
+        return Rounding(float(scale), int(zero_point), int(low), int(high))
     choose: Any = scale.args[0] if isinstance(scale, fx.Node) and scale.args else None
     if not isinstance(choose, fx.Node) or choose.target not in _CHOOSE:
         raise CaptureError(f"{quantize.format_node()}: this way of rounding an activation cannot be simulated.")
-    return DynamicRounding(choose.target, tuple(choose.args[1:]), (int(low), int(high)))  # type: ignore[arg-type]
+    return DynamicRounding(choose.target, tuple(choose.args[1:]), (int(low), int(high)))
 
 
 def _constants(graph: fx.Graph) -> set[fx.Node]:
@@ -254,7 +255,8 @@ def _value(graph_module: fx.GraphModule, node: fx.Node) -> Any:
         return value
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _value(graph_module, n))
     with torch.no_grad():
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        function: Any = node.target
+        return function(*args, **kwargs)
 
 
 def _without_in_place(graph_module: fx.GraphModule, kept: tuple[str, ...]) -> None:

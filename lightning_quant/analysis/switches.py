@@ -81,7 +81,7 @@ class SwitchedLayer(SwitchedWeight):
         super().__init__(floating, layer.dequantized())
         self.layer, self.kind = layer, kind
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # a weight alone is read, a layer is called
         """As the float layer."""
         return self.layer.compute(x, self.weight(self.enabled))
 

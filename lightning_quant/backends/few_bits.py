@@ -22,7 +22,8 @@ WHOLE: dict[torch.dtype, tuple[int, int]] = {torch.quint8: (0, 255), torch.qint8
 def limits(observer: Any) -> tuple[int, int] | None:
     """``(quant_min, quant_max)`` of an observer or fake quantize whose range is smaller than its type; else None."""
     inner = getattr(observer, "activation_post_process", observer)
-    whole = WHOLE.get(getattr(inner, "dtype", None))  # type: ignore[arg-type]
+    dtype: Any = getattr(inner, "dtype", None)
+    whole = WHOLE.get(dtype)
     if whole is None or getattr(inner, "quant_min", None) is None:
         return None
     found = (int(inner.quant_min), int(inner.quant_max))

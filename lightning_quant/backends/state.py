@@ -16,7 +16,7 @@ from lightning_quant.arguments import Call, Captured, Positional
 from lightning_quant.capture import watch
 from lightning_quant.errors import CaptureError
 from lightning_quant.scripted import ScriptedChild
-from lightning_quant.structures import is_setting
+from lightning_quant.structures import is_setting, same
 
 _State = tuple[dict[str, Any], dict[str, Any], dict[int, tuple[Any, Any]]]
 
@@ -216,15 +216,6 @@ def _held(owner: nn.Module, key: str) -> torch.Tensor | None:
 
 def _version(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None or tensor.is_inference() else tensor._version
-
-
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors hold the same values, NaN among them, in one shape and dtype."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if torch.equal(a, b):
-        return True
-    return a.is_floating_point() and torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from lightning_quant.analysis.sqnr import sqnr_db
 from lightning_quant.errors import ExportError
 from lightning_quant.exporters import aoti_compiler
 from lightning_quant.native import BuildError, compiler
-from lightning_quant.structures import unchanged
+from lightning_quant.structures import all_same
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def _with_int8_kernels(program: torch.export.ExportedProgram, source: Path, path
         expected = program.module(check_guards=False)(*args, **kwargs)
         own, own_named = copy.deepcopy((args, kwargs))
         figure = sqnr_db(expected, aoti_load_package(str(path))(*own, **own_named))
-    if not unchanged((args, kwargs), (own, own_named)):
+    if not all_same((args, kwargs), (own, own_named)):
         return "torchao's int8 kernels overwrite the inputs of this model"
     if figure >= LEAST_DB:
         return None

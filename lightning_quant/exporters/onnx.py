@@ -154,7 +154,7 @@ def _quantize_gates(model: Any) -> None:
         is_product = product.op_type == "Mul" and len(others) == 1 and is_of(others[0], "DequantizeLinear")
         return is_product and behind == ["QuantizeLinear"]
 
-    scale, zero_point = "gate_scale", "gate_zero_point"
+    scale, zero_point = (f"{METADATA_KEY}.gate_{what}" for what in ("scale", "zero_point"))
     found = False
     for index, node in reversed(list(enumerate(model.graph.node))):
         if node.op_type not in ("Sigmoid", "HardSigmoid") or not is_of(node.input[0], "DequantizeLinear"):

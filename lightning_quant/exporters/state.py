@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_flatten
 from lightning_quant.analysis.sqnr import float_tensors, sqnr_db
 from lightning_quant.arguments import batch_size, with_batch
 from lightning_quant.backends.graph import engine
-from lightning_quant.backends.state import changed, places, put_back, same, state_of, tensors_of, unchanged
+from lightning_quant.backends.state import changed, places, put_back, state_of, tensors_of, unchanged
 from lightning_quant.errors import ExportError
 from lightning_quant.exporters.program import Program, State
+from lightning_quant.structures import same
 
 #: Of the calls of a function that is given its state, against the module that keeps it: no more than float sums in
 #: another order. State that was overlooked gives much less.

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from lightning_quant.analysis.sqnr import sqnr_db
 from lightning_quant.errors import ExportError, QuantizationError
 from lightning_quant.exporters.layouts import int8_layers
-from lightning_quant.structures import unchanged
+from lightning_quant.structures import all_same
 
 #: Below this a file does not compute what it was written from (lowerings that were silently wrong gave 2 to 10 dB).
 MIN_SQNR_DB = 25.0
@@ -64,7 +64,7 @@ def verify(
     with torch.no_grad():
         given = copy.deepcopy(inputs)
         outputs = [loaded(*data) for data in given]
-        if not unchanged(inputs, given):
+        if not all_same(inputs, given):
             raise ExportError(
                 f"{label}: the file overwrites its inputs: whoever runs it twice on the same data gets two answers. It "
                 "was not kept. Leave the format out with ExportConfig(formats=...), or the first layers in float with "
