@@ -18,6 +18,8 @@ from lightning_quant.analysis.layers import LayerReport
 from lightning_quant.errors import ArtifactError
 from lightning_quant.formatting import shown_bytes, shown_db, shown_number, shown_threads
 
+_FASTEST = " (fastest)"
+
 
 @dataclass(frozen=True, kw_only=True)
 class FormatReport:
@@ -226,7 +228,7 @@ class QuantReport:
             kernels = ""
             if entry.int8_kernels is not None and entry.float_kernels is not None:
                 kernels = f"{entry.int8_kernels} of {entry.int8_kernels + entry.float_kernels}"
-            latency = f"{entry.latency_ms:.2f} ms{' (fastest)' * (name == self.fastest)}"
+            latency = f"{entry.latency_ms:.2f} ms{_FASTEST * (name == self.fastest)}"
             rows.append(
                 [
                     name,
@@ -240,6 +242,11 @@ class QuantReport:
                 ]
             )
         return head, rows
+
+    def _metrics_of_files(self) -> tuple[list[str], list[list[str]]]:
+        names = sorted({name for entry in self.formats.values() for name in entry.metrics})
+        rows = [[name, *(shown_number(e.metrics.get(name)) for e in self.formats.values())] for name in names]
+        return ["", *self.formats], rows
 
     def left_float(self) -> list[str]:
         """A sentence for each format in whose files layers are in float that are not in the others."""
@@ -259,16 +266,37 @@ class QuantReport:
             console: Where. None: on the terminal.
         """
         console = console or Console()
-        tables = {f"int8 by {self.method} of {self.config['backend']}": self.summary(), "files": self.files()}
+        head, rows = self.files()
+        # as narrow as terminals are: names without their folder, and metrics below
+        names = [", ".join(Path(file).name for file in _leaves({name: self.artifacts[name]})) for name in self.formats]
+        files = (
+            head[:-1],
+            [
+                [row[0], name, row[2], row[3].removesuffix(_FASTEST), *row[4:-1]]
+                for row, name in zip(rows, names, strict=True)
+            ],
+        )
+        folders = sorted({str(Path(file).parent) for file in _leaves(self.artifacts)})
+        tables = {
+            f"int8 by {self.method} of {self.config['backend']}": self.summary(),
+            f"files in {', '.join(folders)}": files,
+            "metrics of the reloaded files": self._metrics_of_files(),
+        }
         for title, (head, rows) in tables.items():
             table = Table(title=title, title_justify="left")
             for number, text in enumerate(head):
-                right = number > 0 and title != "files"
-                table.add_column(text, justify="right" if right else "left", overflow="fold")
+                table.add_column(
+                    text,
+                    justify="left" if text in ("", "format", "file") else "right",
+                    overflow="fold",
+                    no_wrap=" " not in text and all(len(row[number]) <= 12 for row in rows),
+                )
             for row in rows:
                 table.add_row(*row)
             if rows:
                 console.print(table)
+        if self.fastest is not None:
+            console.print(f"fastest for one sample on this machine: {self.fastest}", markup=False)
         for name, reason in self.float_layers.items():
             console.print(f"float: {name} ({reason})", markup=False)
         for name, reason in self.kept.items():

@@ -60,6 +60,41 @@ def console_text(report: QuantReport, width: int = 160) -> str:
     return console.export_text()
 
 
+@pytest.mark.parametrize("width", [80, 160])
+def test_the_console_breaks_no_name_of_a_format_and_shows_the_metrics_of_each_file(width: int) -> None:
+    text = console_text(BASE, width)
+    lines = [line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│")]
+    for name in BASE.formats:
+        assert name in lines
+    assert "files in out" in text
+    assert max(map(len, text.splitlines())) <= width
+    assert not any(line.startswith("│") and not line.rstrip().endswith("│") for line in text.splitlines())
+    below = text.partition("metrics of the reloaded files")[2]
+    for name, entry in BASE.formats.items():
+        assert name in below
+        for metric in entry.metrics:
+            assert metric in below
+
+
+def test_the_files_fit_into_80_columns() -> None:
+    names = {"torchscript": "model.ts", "onnx": "model.onnx", "openvino": "model.xml"}
+    entry = next(iter(BASE.formats.values()))
+    report = replace(
+        BASE,
+        artifacts={name: Path("out", file) for name, file in names.items()},
+        formats=dict.fromkeys(
+            names, replace(entry, latency_ms_float=12.34, int8_kernels=106, float_kernels=0, sqnr_db=41.8)
+        ),
+    )
+    rows = [line for line in console_text(report, 80).splitlines() if line.startswith("│")]
+    cells = [[cell.strip() for cell in row.strip("│").split("│")] for row in rows]
+    for name, file in names.items():
+        (row,) = (row for row in cells if row[:2] == [name, file])
+        assert "12.34 ms" in row
+        assert "41.8 dB" in row
+        assert len(row) == 7
+
+
 # ---- JSON
 
 
