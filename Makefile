@@ -40,8 +40,9 @@ test: $(VENV)/.installed  ## the fast tests
 test-oldest: $(VENV_OLDEST)/.installed  ## the fast tests with the oldest supported torch, and lightning alone
 	OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest $(FAST) -m "not slow and not zoo and not torchvision"
 
+# many of few files: they are dealt out one by one
 test-slow: $(VENV)/.installed  ## the slow tests; run `make data` first
-	$(VENV)/bin/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(FAST) --dist load -m slow
 
 zoo: $(VENV)/.libraries  ## every architecture and library of the zoo, and the tables in docs/zoo.md
 	rm -rf $(ZOO_RESULTS)
