@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from torch import fx, nn
+from torch.nn import functional as F
 
 from lightning_quant import qat_modules
-from lightning_quant._torch_ao import BackendConfig, get_native_backend_config
+from lightning_quant._torch_ao import BackendConfig, BackendPatternConfig, get_native_backend_config
 from lightning_quant.arguments import Call
 from lightning_quant.backends import embeddings, kernels, swapping
 from lightning_quant.backends.graph import CannotRun, Feasible, info, try_out, twin_of
@@ -104,8 +105,19 @@ def feasible(prepare: Callable[[bool], Graph], convert: Callable[[Graph], nn.Mod
 @functools.cache
 def native_patterns(method: Method) -> BackendConfig:
     """Torch's table of the patterns that its int8 kernels run. Not to be changed: it is made once."""
-    stock = get_native_backend_config()
+    stock = _with_silu(get_native_backend_config())
     return qat_modules.with_own_modules(stock) if method == "qat" else stock
+
+
+def _with_silu(config: BackendConfig) -> BackendConfig:
+    """``config`` with SiLU as a step between integers, as hard swish is one.
+
+    Torch has no int8 kernel for it, and computes it between a dequantize and a quantize. Other runtimes have one, and
+    what reads its integers is in int8 everywhere: the pooling and the product of squeeze-and-excitation.
+    """
+    like = next(c for c in config.configs if c.pattern is nn.Hardswish)
+    more = [BackendPatternConfig.from_dict({**like.to_dict(), "pattern": kind}) for kind in (nn.SiLU, F.silu)]
+    return BackendConfig(config.name).set_backend_pattern_configs([*config.configs, *more])
 
 
 def float_names(traced: Traced, config: QuantConfig) -> set[str]:

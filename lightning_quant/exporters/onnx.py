@@ -35,6 +35,7 @@ def export(program: torch.export.ExportedProgram, path: Path, metadata: dict[str
     model = to_model(program, metadata, path, opset=OPSET if has_small_weights(program) else None)
     _store_biases_as_integers(model)
     _quantize_gates(model)
+    _pool_globally(model)
     store_weights_in_4_bits(model)
     import onnx
 
@@ -195,6 +196,35 @@ def _write_out_hard_swish(model: Any) -> None:
         model.graph.node.remove(node)
         model.graph.node.insert(index, product)
         model.graph.node.insert(index, opened)
+
+
+def _pool_globally(model: Any) -> None:
+    """Say ``GlobalAveragePool`` where the mean of integers over all places of an image is made integers again.
+
+    It is the same by ONNX's definition, and ONNX Runtime has an int8 kernel for it alone.
+    """
+    from onnx import helper, numpy_helper
+
+    graph = model.graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in graph.value_info}
+    dequantized = {name for node in graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+    readers: dict[str, list[str]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node.op_type)
+
+    for index, node in enumerate(graph.node):
+        if node.op_type != "ReduceMean" or len(node.input) < 2 or node.input[1] not in stored:
+            continue
+        data, axes = node.input
+        rank = ranks.get(data, 0)
+        places = sorted(axis % rank for axis in numpy_helper.to_array(stored[axes]).tolist()) if rank > 2 else []
+        keeps = not any(attribute.name == "keepdims" and attribute.i == 0 for attribute in node.attribute)
+        in_integers = data in dequantized and readers.get(node.output[0]) == ["QuantizeLinear"]
+        if keeps and in_integers and places == list(range(2, rank)):
+            pool = helper.make_node("GlobalAveragePool", [data], list(node.output), node.name)
+            graph.node[index].CopyFrom(pool)
 
 
 class _quiet_exporter:

@@ -173,7 +173,7 @@ def test_the_original_is_not_changed_and_weights_are_shared(layout: Any, in_floa
 @pytest.mark.parametrize(
     ("act", "parting", "inside", "behind"),
     [
-        (nn.SiLU(), ["silu"], [], []),
+        (nn.SiLU(), ["silu"], [], [("silu", ["mean"])]),
         (Gated(), ["sigmoid", "mul"], [("sigmoid", ["mul"])], [("mul", ["mean"])]),
         (nn.GELU(), ["gelu"], [], []),
         (nn.Hardswish(), ["hardswish"], [], [("hardswish", ["mean"])]),
@@ -199,9 +199,9 @@ def test_a_pair_between_a_layer_and_its_activation_is_dropped(
 
 
 def test_the_layout_for_openvino_computes_what_its_pairs_say() -> None:
-    """A convolution and SiLU without a pair between them, by torch's own fake quantize and the known qparams."""
+    """A convolution and GELU without a pair between them, by torch's own fake quantize and the known qparams."""
     torch.manual_seed(0)
-    model, x = Activated(nn.SiLU()), torch.randn(32, 3, 8, 8)
+    model, x = Activated(nn.GELU()), torch.randn(32, 3, 8, 8)
     program = written(model, x)
     qparams = [node.args[1:3] for node in program.graph.nodes if node.target is QUANTIZE]
     assert [source for source, _ in pairs(program)] == ["x", "conv2d", "mean", "linear"]
@@ -217,7 +217,7 @@ def test_the_layout_for_openvino_computes_what_its_pairs_say() -> None:
 
     def expected(conv_out: int | None, out: int | None) -> torch.Tensor:
         y = F.conv2d(rounded(x, 0), weight(model.conv), model.conv.bias)
-        y = F.silu(y if conv_out is None else rounded(y, conv_out))
+        y = F.gelu(y if conv_out is None else rounded(y, conv_out))
         y = F.linear(rounded(y.mean((2, 3)), 2), weight(model.fc), model.fc.bias)
         return y if out is None else rounded(y, out)
 
@@ -226,7 +226,7 @@ def test_the_layout_for_openvino_computes_what_its_pairs_say() -> None:
             # a sum of floats in another order now and then rounds to the next step, of which there are thousands here
             assert decibels(expected(*places), run(laid_out(program, LAYOUTS[name]), x)) > 60
         # so that the one is not taken for the other
-        assert decibels(expected(1, None), expected(None, None)) < 55
+        assert decibels(expected(1, None), expected(None, None)) < 57
         assert decibels(expected(1, 3), expected(1, None)) < 55
 
 
