@@ -22,6 +22,7 @@ from lightning_quant.errors import (
 )
 from lightning_quant.exporters import export
 from lightning_quant.from_checkpoint import export_checkpoint
+from lightning_quant.oscillation import OscillationFreezing
 from lightning_quant.planning import Plan, PlannedLayer, plan
 from lightning_quant.post_training import quantize_checkpoint
 from lightning_quant.report import FormatReport, QuantReport
@@ -43,6 +44,7 @@ __all__ = [
     "LayerRow",
     "LayerSensitivity",
     "MissingExtraError",
+    "OscillationFreezing",
     "Plan",
     "PlannedLayer",
     "PostTrainingQuantization",

@@ -23,6 +23,7 @@ from lightning_quant import (
     ExportConfig,
     ExportError,
     LayerConfig,
+    OscillationFreezing,
     PostTrainingQuantization,
     QuantConfig,
     QuantizationAwareTraining,
@@ -232,6 +233,23 @@ def distilled(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def oscillating(folder: Path) -> dict[str, Any]:
+    model = Network()
+    callback = QuantizationAwareTraining(
+        QuantConfig(weight=TensorSpec(bits=3)),
+        freeze_oscillations=OscillationFreezing(threshold=0.2, final_threshold=None, momentum=0.15),
+        export=export(folder / "oscillating"),
+    )
+
+    class Known(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.found = callback._oscillations.state()
+
+    known = Known()
+    parallel(callback, known, max_epochs=3).fit(model, val_dataloaders=val_loader())
+    return outcome(callback, model) | {"oscillations": known.found}
+
+
 def export(folder: Path) -> ExportConfig:
     return ExportConfig(formats=("torchscript",), directory=str(folder))
 
@@ -383,6 +401,7 @@ SCENARIOS = (
     qat,
     learned,
     distilled,
+    oscillating,
     accumulated,
     averaged,
     resumed,

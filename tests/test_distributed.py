@@ -88,7 +88,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ranks_found(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return started(
         folder,
-        "qat,learned,distilled,accumulated,averaged,resumed,fit_then_ptq,ptq_in_validate,within_bound,failures",
+        "qat,learned,distilled,oscillating,accumulated,averaged,resumed,fit_then_ptq,ptq_in_validate,within_bound,"
+        "failures",
         RANKS,
     )
 
@@ -149,6 +150,17 @@ def test_a_teacher_of_two_processes(ranks_found: Any) -> None:
     expected = np.mean([first["local"], second["local"]])
     assert first["metric"] == pytest.approx(expected, rel=1e-5)
     assert second["metric"] == first["metric"]
+
+
+def test_oscillations_of_two_processes_are_the_same(ranks_found: Any) -> None:
+    first, second = ranks_found["oscillating"]
+    assert different(first["weights"], second["weights"]) == []
+    (of_first,), (of_second,) = (list(found["oscillations"].values()) for found in (first, second))
+    assert of_first.keys() == of_second.keys()
+    for name in of_first:
+        assert different(of_first[name], of_second[name]) == []
+    assert 0 < sum(int(kept["frozen"].sum()) for kept in of_first.values())
+    assert first["clean"]
 
 
 def test_training_is_that_of_ddp(ranks_found: Any) -> None:

@@ -52,7 +52,9 @@ def _check_trainer(trainer: Any) -> None:
 #: What a callback has of a run. It cannot be pickled, and another process would not want it.
 _OF_A_RUN: dict[str, Any] = {
     **dict.fromkeys(("_report", "_written", "_quantized_model", "_converted", "_sample", "_captured", "_loaded")),
-    **dict.fromkeys(("_data", "_phase", "_kept", "_scales", "_steps", "_averages", "_tuned", "_distiller")),
+    **dict.fromkeys(
+        ("_data", "_phase", "_kept", "_scales", "_steps", "_averages", "_tuned", "_distiller", "_oscillations")
+    ),
     "_before": {},
     "_frozen": [],
 }

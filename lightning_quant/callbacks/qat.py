@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ from lightning_quant.from_checkpoint import (
     trained_graphs,
 )
 from lightning_quant.inputs import isolated_rng
+from lightning_quant.oscillation import OscillationFreezing, Oscillations, threshold_at
 from lightning_quant.parts import Graphs, convert_module
 from lightning_quant.phases import FLOAT, Phase, Phases, Schedule, observer_state
 from lightning_quant.pipeline import prepare_graphs
@@ -48,6 +49,7 @@ from lightning_quant.progress import progress_of
 from lightning_quant.pruning import hold, mask_gradients
 from lightning_quant.rank_steps import RankSteps
 from lightning_quant.ranks import check_ranks, merge_ranks
+from lightning_quant.report import QuantReport
 from lightning_quant.scale_training import ScaleTraining, train_scales
 from lightning_quant.strategies import is_parallel
 from lightning_quant.team import all_ranks
@@ -74,6 +76,18 @@ def _write_state(checkpoint: dict[str, Any], state: dict[str, Any], *, averaged:
     checkpoint.setdefault(CHECKPOINT_KEY, kept)
 
 
+def _progress(trainer: Any, batch_idx: int, start_epoch: int) -> float:
+    """The share of the quantized training that is done. It follows from where the training is, also when resumed."""
+    done = 0.0
+    if trainer.max_epochs is not None and trainer.max_epochs > start_epoch:
+        batches = trainer.num_training_batches
+        within = batch_idx / batches if 0 < batches < float("inf") else 0.0
+        done = (trainer.current_epoch + within - start_epoch) / (trainer.max_epochs - start_epoch)
+    if trainer.max_steps > 0:
+        done = max(done, trainer.global_step / trainer.max_steps)
+    return done
+
+
 class QuantizationAwareTraining(QuantizationCallback):
     """Train with fake quantize, then convert to int8, export, verify and report.
 
@@ -89,6 +103,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         freeze_batch_norm_epoch: From this epoch on, batch norms use and keep their running statistics; None: never.
         distill: Let the float module from when quantization began be a teacher in the loss of ``training_step``; see
             :class:`lightning_quant.Distillation`. None: there is none. Checkpoints hold its weights beside the others.
+        freeze_oscillations: Fix weights that go back and forth between two integers; see
+            :class:`lightning_quant.OscillationFreezing`. None: they go on.
         export: Which files are written, and where.
         plan_only: Write ``plan.yaml`` into the folder of ``export``, which says what would be done with each layer,
             before training begins, and do nothing else: training is float training, as without this callback.
@@ -109,13 +125,17 @@ class QuantizationAwareTraining(QuantizationCallback):
         freeze_observers_epoch: int | None = None,
         freeze_batch_norm_epoch: int | None = None,
         distill: Distillation | None = None,
+        freeze_oscillations: OscillationFreezing | None = None,
         export: ExportConfig = ExportConfig(),
         plan_only: bool = False,
     ) -> None:
         super().__init__(config, "qat", export, plan_only)
         if distill is not None and not isinstance(distill, Distillation):
             raise ConfigError(f"distill={distill!r}: give a Distillation, or None.")
+        if freeze_oscillations is not None and not isinstance(freeze_oscillations, OscillationFreezing):
+            raise ConfigError(f"freeze_oscillations={freeze_oscillations!r}: give an OscillationFreezing, or None.")
         self.distill = distill
+        self.freeze_oscillations = freeze_oscillations
         self.schedule = Schedule(
             start_epoch=start_epoch,
             freeze_observers_epoch=freeze_observers_epoch,
@@ -129,10 +149,16 @@ class QuantizationAwareTraining(QuantizationCallback):
         self._steps: RankSteps | None = None
         self._averages: Averages | None = None
         self._distiller: Distiller | None = None
+        self._oscillations: Oscillations | None = None
 
     def _arguments(self) -> dict[str, Any]:
         default = Schedule()
-        return {"distill": (self.distill and asdict(self.distill), None)} | {
+        freezing = self.freeze_oscillations
+        own = {
+            "distill": (self.distill and asdict(self.distill), None),
+            "freeze_oscillations": (freezing and asdict(freezing), None),
+        }
+        return own | {
             part.name: (getattr(self.schedule, part.name), getattr(default, part.name)) for part in fields(default)
         }
 
@@ -205,6 +231,8 @@ class QuantizationAwareTraining(QuantizationCallback):
             state["optimizer_states"] = kept
         if self._distiller is not None and (teacher := self._distiller.state()) is not None:
             state["teacher"] = teacher
+        if self._oscillations is not None and (known := self._oscillations.state()):
+            state["oscillations"] = known
         return state
 
     def _keep_loaded(self, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -230,6 +258,8 @@ class QuantizationAwareTraining(QuantizationCallback):
             self._distiller.restore(pl_module, restored or {})
         if self._loaded:
             self._scales.load_state(self._loaded.get("optimizer_states", {}))
+        if self.freeze_oscillations is not None:
+            self._oscillations = self._watch(trainer, pl_module, self.freeze_oscillations, restored or {})
         # on the module: after all callbacks, those that average among them
         after_method(pl_module, "on_train_batch_end", self._settle)
         after_method(pl_module, "on_train_epoch_end", self._settle)
@@ -240,6 +270,24 @@ class QuantizationAwareTraining(QuantizationCallback):
                 "start_epoch=%d and max_epochs=%d: training ends before quantization begins, and there will be no int8 "
                 "model.", self.schedule.start_epoch, trainer.max_epochs,
             )  # fmt: skip
+
+    def _watch(
+        self, trainer: Any, pl_module: Any, settings: OscillationFreezing, restored: dict[str, Any]
+    ) -> Oscillations:
+        if settings.final_threshold is not None and trainer.max_epochs == -1 and trainer.max_steps == -1:
+            raise ConfigError(
+                "freeze_oscillations=...: the threshold goes to final_threshold at the end of the training, and this "
+                "one has none that is known before. Give the Trainer max_epochs or max_steps, or "
+                "OscillationFreezing(final_threshold=None)."
+            )
+        found = Oscillations(settings, self._graphs(pl_module), trainer.optimizers)
+        if found.unwatched:
+            log.warning(
+                "freeze_oscillations: %d weights are rounded as part of a product or by a class of your own, and are "
+                "not looked at (the first: %s).", len(found.unwatched), found.unwatched[0],
+            )  # fmt: skip
+        found.load(restored.get("oscillations", {}))
+        return found
 
     def _restored(self, pl_module: Any) -> dict[str, Any] | None:
         """What the observers begin with: that of the checkpoint, or of the last run. With a float one, nothing."""
@@ -272,6 +320,8 @@ class QuantizationAwareTraining(QuantizationCallback):
     def _enter(self, trainer: Any, pl_module: Any) -> None:
         if self._phases is not None:
             self._phases.enter(self.schedule.phase(trainer.current_epoch))
+        if self._oscillations is not None:
+            self._oscillations.enabled = self.phase.quantize
         if self._distiller is not None:
             self._distiller.enabled = self.phase.quantize
             if self.phase.quantize:
@@ -283,6 +333,9 @@ class QuantizationAwareTraining(QuantizationCallback):
             self._phases.hold()
         if self.phase.quantize:
             hold(pl_module)
+        if self._oscillations is not None:
+            done = _progress(trainer, batch_idx, self.schedule.start_epoch)
+            self._oscillations.threshold = threshold_at(self._oscillations.settings, done)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """What ranks have seen becomes equal before anything is made of it: averages of weights, checkpoints."""
@@ -357,6 +410,14 @@ class QuantizationAwareTraining(QuantizationCallback):
                 metrics_before = evaluate(before, data, progress=progress_of(trainer), text=text)
         self._finish(trainer, pl_module, graphs, data, metrics_before=metrics_before)
 
+    def _amended(self, report: QuantReport) -> QuantReport:
+        if self._oscillations is None:
+            return report
+        share = self._oscillations.share()
+        if share == 0:
+            log.warning("freeze_oscillations froze no weight: none oscillated as often as the threshold says.")
+        return replace(report, notes=[*report.notes, f"{share:.2%} of the weights oscillated and were frozen."])
+
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
         """Run the int8 model; with ``ckpt_path``, that of the checkpoint's weights and observers."""
         if self.plan_only:
@@ -411,6 +472,9 @@ class QuantizationAwareTraining(QuantizationCallback):
         if self._averages is not None:
             self._averages.end()
             self._averages = None
+        if self._oscillations is not None:
+            self._oscillations.end()
+            self._oscillations = None
         self._steps = None
         self._distiller = None
         super()._take_off(pl_module)
