@@ -233,6 +233,26 @@ def distilled(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def reestimated(folder: Path) -> dict[str, Any]:
+    """Learned offsets, and statistics of all ranks at the end."""
+    model = Network()
+    spec = TensorSpec(fake_quantize="learned_offset")
+    callback = QuantizationAwareTraining(
+        QuantConfig(activation=spec), reestimate_batches=3, export=export(folder / "reestimated")
+    )
+    own: list[torch.Tensor] = []
+
+    class Seen(pl.Callback):
+        """What comes into the batch norm of this rank while its statistics are estimated."""
+
+        def on_train_end(self, *_: Any) -> None:
+            norm = next(part for part in model.modules() if isinstance(part, nn.BatchNorm2d))
+            norm.register_forward_pre_hook(lambda _, args: own.append(args[0].detach()))
+
+    parallel(callback, Seen()).fit(model, val_dataloaders=val_loader())
+    return outcome(callback, model) | {"own": own[:3], "modes": [part.training for part in model.modules()]}
+
+
 def oscillating(folder: Path) -> dict[str, Any]:
     model = Network()
     callback = QuantizationAwareTraining(
@@ -402,6 +422,7 @@ SCENARIOS = (
     learned,
     distilled,
     oscillating,
+    reestimated,
     accumulated,
     averaged,
     resumed,

@@ -24,6 +24,7 @@ from lightning_quant.attachment import (
 )
 from lightning_quant.averaging import Averages, averages_of, prepare_averages
 from lightning_quant.backends.graph import is_initialised
+from lightning_quant.batch_norms import training_norms
 from lightning_quant.callbacks.base import QuantizationCallback, _check_trainer
 from lightning_quant.config import ExportConfig, QuantConfig
 from lightning_quant.distillation import Distillation, Distiller, check_optimization
@@ -49,6 +50,7 @@ from lightning_quant.progress import progress_of
 from lightning_quant.pruning import hold, mask_gradients
 from lightning_quant.rank_steps import RankSteps
 from lightning_quant.ranks import check_ranks, merge_ranks
+from lightning_quant.reestimation import reestimate
 from lightning_quant.report import QuantReport
 from lightning_quant.scale_training import ScaleTraining, train_scales
 from lightning_quant.strategies import is_parallel
@@ -88,6 +90,16 @@ def _progress(trainer: Any, batch_idx: int, start_epoch: int) -> float:
     return done
 
 
+def _check_reestimate(batches: Any, freeze_batch_norm_epoch: int | None) -> None:
+    if isinstance(batches, bool) or not isinstance(batches, int) or batches < 0:
+        raise ConfigError(f"reestimate_batches={batches!r}: give a number of batches, or 0 for none.")
+    if batches and freeze_batch_norm_epoch is not None:
+        raise ConfigError(
+            f"reestimate_batches={batches} with freeze_batch_norm_epoch={freeze_batch_norm_epoch}: weights were "
+            "trained with frozen statistics, and would be used with others. Give one of the two."
+        )
+
+
 class QuantizationAwareTraining(QuantizationCallback):
     """Train with fake quantize, then convert to int8, export, verify and report.
 
@@ -105,6 +117,8 @@ class QuantizationAwareTraining(QuantizationCallback):
             :class:`lightning_quant.Distillation`. None: there is none. Checkpoints hold its weights beside the others.
         freeze_oscillations: Fix weights that go back and forth between two integers; see
             :class:`lightning_quant.OscillationFreezing`. None: they go on.
+        reestimate_batches: At the end of the training, give batch norms the mean and variance of so many training
+            batches, with the weights as they are then and with fake quantize; 0: they keep their moving averages.
         export: Which files are written, and where.
         plan_only: Write ``plan.yaml`` into the folder of ``export``, which says what would be done with each layer,
             before training begins, and do nothing else: training is float training, as without this callback.
@@ -126,6 +140,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         freeze_batch_norm_epoch: int | None = None,
         distill: Distillation | None = None,
         freeze_oscillations: OscillationFreezing | None = None,
+        reestimate_batches: int = 0,
         export: ExportConfig = ExportConfig(),
         plan_only: bool = False,
     ) -> None:
@@ -134,8 +149,10 @@ class QuantizationAwareTraining(QuantizationCallback):
             raise ConfigError(f"distill={distill!r}: give a Distillation, or None.")
         if freeze_oscillations is not None and not isinstance(freeze_oscillations, OscillationFreezing):
             raise ConfigError(f"freeze_oscillations={freeze_oscillations!r}: give an OscillationFreezing, or None.")
+        _check_reestimate(reestimate_batches, freeze_batch_norm_epoch)
         self.distill = distill
         self.freeze_oscillations = freeze_oscillations
+        self.reestimate_batches = reestimate_batches
         self.schedule = Schedule(
             start_epoch=start_epoch,
             freeze_observers_epoch=freeze_observers_epoch,
@@ -157,6 +174,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         own = {
             "distill": (self.distill and asdict(self.distill), None),
             "freeze_oscillations": (freezing and asdict(freezing), None),
+            "reestimate_batches": (self.reestimate_batches, 0),
         }
         return own | {
             part.name: (getattr(self.schedule, part.name), getattr(default, part.name)) for part in fields(default)
@@ -180,6 +198,11 @@ class QuantizationAwareTraining(QuantizationCallback):
         _check_trainer(trainer)
         if self.distill is not None:
             check_optimization(pl_module)
+        if self.reestimate_batches and not pl_module.automatic_optimization:
+            raise ConfigError(
+                "reestimate_batches=... with manual optimization: training_step is run once more for the statistics of "
+                "batch norms, and would move the weights. Use automatic optimization, or leave reestimate_batches out."
+            )
         if self.plan_only or not trainer.fast_dev_run:
             all_ranks().by_first(lambda: check_writable(self.export.path))
         if self.plan_only:
@@ -197,6 +220,11 @@ class QuantizationAwareTraining(QuantizationCallback):
             graphs = team.by_each(lambda: prepare_graphs(pl_module, captured, self.config, self.method))
             attached = attach(pl_module, graphs)
             self._example = example_of(pl_module, taken)
+        if self.reestimate_batches and not training_norms(pl_module):
+            raise ConfigError(
+                f"reestimate_batches={self.reestimate_batches}: {type(pl_module).__name__} has no batch norm with "
+                "running statistics in training mode. Leave reestimate_batches out."
+            )
         if is_parallel(trainer):
             check_ranks(attached, team.group)
             keep_from_broadcast(pl_module)
@@ -385,10 +413,21 @@ class QuantizationAwareTraining(QuantizationCallback):
         graphs = self._graphs(pl_module)
         if self._steps is not None:  # what another callback put in at the end, such as an average of weights
             RankSteps(graphs.values(), team.group).agree()
-        self._keep(pl_module)
         relink(pl_module)
+        if self.reestimate_batches and any(is_initialised(graph) for graph in graphs.values()):
+            with nothing_is_lost(lambda: how_to_export(trainer, pl_module)):
+                self._reestimate(trainer, pl_module)
+        self._keep(pl_module)
         with nothing_is_lost(lambda: how_to_export(trainer, pl_module)):
             self._convert(trainer, pl_module)
+
+    def _reestimate(self, trainer: Any, pl_module: Any) -> None:
+        with progress_of(trainer).step("Estimating batch norms again", None):
+            found = reestimate(trainer, pl_module, self.reestimate_batches, all_ranks())
+        if found == 0:
+            log.warning("reestimate_batches: no batch norm is in training mode at the end, and none was changed.")
+        elif found < self.reestimate_batches:
+            log.warning("reestimate_batches=%d: an epoch has %d batches.", self.reestimate_batches, found)
 
     def _convert(self, trainer: Any, pl_module: Any) -> None:
         graphs = self._graphs(pl_module)
