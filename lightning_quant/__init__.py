@@ -5,6 +5,7 @@ from lightning_quant.analysis.coverage import Coverage, LayerRow, coverage
 from lightning_quant.analysis.plots import plot_sensitivity
 from lightning_quant.analysis.sensitivity import LayerSensitivity, Sensitivity, sensitivity
 from lightning_quant.backends import convert, prepare
+from lightning_quant.batch_norms import reestimate_batch_norms
 from lightning_quant.callbacks import PostTrainingQuantization, QuantizationAwareTraining
 from lightning_quant.config import ExportConfig, LayerConfig, QuantConfig, TensorSpec
 from lightning_quant.diagnosis import Diagnosis, Trial, diagnose
@@ -22,6 +23,7 @@ from lightning_quant.errors import (
 )
 from lightning_quant.exporters import export
 from lightning_quant.from_checkpoint import export_checkpoint
+from lightning_quant.oscillation import OscillationFreezing
 from lightning_quant.planning import Plan, PlannedLayer, plan
 from lightning_quant.post_training import quantize_checkpoint
 from lightning_quant.report import FormatReport, QuantReport
@@ -43,6 +45,7 @@ __all__ = [
     "LayerRow",
     "LayerSensitivity",
     "MissingExtraError",
+    "OscillationFreezing",
     "Plan",
     "PlannedLayer",
     "PostTrainingQuantization",
@@ -65,5 +68,6 @@ __all__ = [
     "prepare",
     "quantize_checkpoint",
     "recipes",
+    "reestimate_batch_norms",
     "sensitivity",
 ]

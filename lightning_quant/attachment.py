@@ -110,6 +110,11 @@ def relink(model: nn.Module) -> None:
         attached.look_at(model)
 
 
+def is_ours(name: str) -> bool:
+    """Whether a name of a module is that of a part of what :func:`attach` registers."""
+    return name == CHILD or name.startswith(f"{CHILD}.")
+
+
 def attached_to(model: nn.Module) -> Attached | None:
     """What :func:`attach` put on ``model``, or None."""
     found = model._modules.get(CHILD)

@@ -31,7 +31,7 @@ QschemeName = Literal[
     "auto", "per_tensor_affine", "per_tensor_symmetric", "per_channel_affine", "per_channel_symmetric"
 ]
 ObserverName = Literal["auto", "histogram", "percentile", "entropy", "min_max", "moving_average"]
-RoundingName = Literal["auto", "learned"]
+RoundingName = Literal["auto", "learned", "learned_offset"]
 LayerDtype = Literal["int8", "float"]
 
 ClassPath = str
@@ -125,8 +125,10 @@ class TensorSpec:
             integers of 4 bits: ONNX and OpenVINO with weights of 4 bits or fewer.
         fake_quantize: What rounds in training: ``auto``, whose scale follows the range; ``learned``, whose scale is
             trained with the weights from where the first batch puts it (LSQ, https://arxiv.org/abs/1902.08153), and
-            whose zero point stays there; or a class of your own that derives from
-            ``torch.ao.quantization.FakeQuantizeBase`` (with ``backend="pt2e"``: from torchao's), or its import path.
+            whose zero point stays there; ``learned_offset``, where zero points are trained as well, and weights begin
+            by their standard deviation (LSQ+, https://arxiv.org/abs/2004.09576); or a class of your own that derives
+            from ``torch.ao.quantization.FakeQuantizeBase`` (with ``backend="pt2e"``: from torchao's), or its import
+            path.
 
     Raises:
         ConfigError: A value is not one of the choices, or not a class that can be imported.
@@ -159,10 +161,10 @@ class TensorSpec:
                 load_class(value, f"TensorSpec({name}={value!r})")
             else:
                 _check_choice("TensorSpec", name, value, choices)
-        if self.fake_quantize == "learned" and "." in self.observer:
+        if self.fake_quantize in ("learned", "learned_offset") and "." in self.observer:
             raise ConfigError(
-                f"TensorSpec(fake_quantize='learned', observer={self.observer!r}): a learned scale begins at the min "
-                "and max of the first batch. Leave observer at 'auto', or fake_quantize."
+                f"TensorSpec(fake_quantize={self.fake_quantize!r}, observer={self.observer!r}): a learned scale begins "
+                "at the min and max of the first batch. Leave observer at 'auto', or fake_quantize."
             )
 
 
@@ -237,6 +239,12 @@ def _check_specs(owner: str, activation: TensorSpec | None, weight: TensorSpec |
         raise ConfigError(
             f"{owner}(activation.qscheme={activation.qscheme!r}): int8 kernels take activations with one scale. Use "
             "'per_tensor_affine' or 'per_tensor_symmetric'; per channel is for weights."
+        )
+    symmetric = activation is not None and activation.qscheme == "per_tensor_symmetric"
+    if activation is not None and symmetric and activation.fake_quantize == "learned_offset":
+        raise ConfigError(
+            f"{owner}(activation.fake_quantize='learned_offset', activation.qscheme={activation.qscheme!r}): a "
+            "symmetric range has no zero point to train. Use 'learned', or 'per_tensor_affine'."
         )
     if activation is not None and activation.bits < FEWEST_BITS["activation"]:
         raise ConfigError(

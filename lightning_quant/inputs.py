@@ -365,6 +365,38 @@ def _remember(generator: Any) -> Callable[[], object]:
     return partial(generator.set_state, generator.get_state())
 
 
+def training_batches(trainer: Any, count: int) -> Iterator[Any]:
+    """The first batches of an epoch of training, as the loaders of a running ``fit`` give them.
+
+    Call it with :func:`isolated_rng`. What a loader draws from generators of its own, and where it is, is put back.
+
+    Args:
+        trainer: In ``fit``, with its train dataloader.
+        count: How many at the most; ``limit_train_batches`` counts as well.
+    """
+    combined = trainer.fit_loop._combined_loader
+    put_back: list[Callable[[], object]] = []
+    for loader in combined.flattened:
+        if isinstance(loader, _Stateful):
+            put_back.append(partial(loader.load_state_dict, copy.deepcopy(loader.state_dict())))
+        if isinstance(loader, DataLoader):
+            put_back += [_remember(generator) for generator in _generators(loader)]
+    again = root_of(trainer).utilities.combined_loader.CombinedLoader(combined.iterables, combined._mode)
+    try:
+        for index, (batch, _, _) in enumerate(again):
+            yield batch
+            if index + 1 >= min(count, trainer.num_training_batches):
+                break
+    finally:
+        for undo in put_back:
+            undo()
+
+
+def run_training_step(trainer: Any, module: Any, batch: Any) -> None:
+    """Run ``training_step`` of a copy as the Trainer would, with the user's transfer hooks and without its logs."""
+    _by_hand(trainer, "training_step", batch)(module)
+
+
 def recorded_forward(recordings: dict[str, Recording], module: nn.Module) -> Call | None:
     """The call of the module's own ``forward``, or that which ``example_input_array`` stands for, or None."""
     if "" in recordings:

@@ -1,8 +1,8 @@
 """A fake quantize whose scale is trained: LSQ (Esser et al. 2020, https://arxiv.org/abs/1902.08153).
 
 The scale begins with what the first pass that trains shows, and is a Parameter from then on, which no observer moves;
-the zero point stays what it was then. The offset of LSQ+ (Bhalgat et al. 2020, https://arxiv.org/abs/2004.09576)
-is not learned. Values and gradients are those of torch's operators ``_fake_quantize_learnable_per_tensor_affine`` and
+the zero point stays what it was then, or is trained with it (:mod:`lightning_quant.learned_offset`). Without
+that, values and gradients are those of torch's operators ``_fake_quantize_learnable_per_tensor_affine`` and
 ``_fake_quantize_learnable_per_channel_affine``; the gradient of the scale is multiplied by :func:`gradient_factor`.
 """
 
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from lightning_quant import fake_quantize as following
+from lightning_quant import learned_offset
 from lightning_quant.fake_quantize import FakeQuantize
 
 #: The largest factor by which a scale changes between two passes. What is clipped by a scale that is a little too
@@ -30,13 +31,15 @@ class LearnedFakeQuantize(FakeQuantize):
 
     Args:
         sees_weights: What comes in is a weight, whose first dimension is not that of a batch.
+        with_offset: As LSQ+ has it: the zero point is trained, if there is one, and a weight begins by its deviation.
     """
 
     sees_weights: bool
+    begins_by_deviation: bool
 
-    def __init__(self, *args: Any, sees_weights: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, sees_weights: bool = False, with_offset: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        complete(self, sees_weights)
+        complete(self, sees_weights, with_offset)
 
     def forward(self, X: torch.Tensor) -> torch.Tensor:
         """``X`` of any shape and float dtype; rounded to the grid if that is on."""
@@ -51,11 +54,14 @@ class LearnedFakeQuantize(FakeQuantize):
             super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def complete(module: Any, sees_weights: bool) -> None:
+def complete(module: Any, sees_weights: bool, with_offset: bool) -> None:
     """Give a ``FakeQuantize`` of torch.ao or torchao what :func:`fake_quantize` reads, and a Parameter as its scale."""
     module.sees_weights = sees_weights
+    module.begins_by_deviation = sees_weights and with_offset
     scale = module._buffers.pop("scale")
     module.register_parameter("scale", nn.Parameter(scale.detach().clone()))
+    if with_offset and not module.is_symmetric:
+        module.register_parameter("offset", nn.Parameter(torch.zeros_like(scale)))
     module.register_buffer("learned", torch.zeros(1, dtype=torch.uint8))
     module.register_buffer("scale_before", scale.detach().clone())
 
@@ -66,6 +72,8 @@ def resizable(module: Any, state_dict: dict[str, Any], prefix: str) -> Iterator[
     stored = state_dict.get(f"{prefix}scale_before")
     if stored is not None:
         module.scale_before.resize_(stored.shape)
+        if learned_offset.has_offset(module) and module.offset.shape != stored.shape:
+            module.offset.data = torch.zeros_like(stored, device=module.offset.device)
     with following.resizable(module):
         yield
 
@@ -134,7 +142,8 @@ def _eagerly(module: Any, x: torch.Tensor) -> torch.Tensor:
         # not seen by autograd: a scale that several tensors share is in the graph of this pass already
         module.scale.data.copy_(_held(module))
         module.scale_before.copy_(module.scale)
-    return _rounded(module, x, module.scale)
+        learned_offset.hold(module)
+    return _rounded(module, x, module.scale, module._parameters.get("offset"))
 
 
 def _first_passes(module: Any, x: torch.Tensor, observing: bool, rounding: bool) -> torch.Tensor:
@@ -147,6 +156,7 @@ def _first_passes(module: Any, x: torch.Tensor, observing: bool, rounding: bool)
         if observing:
             following.keep_qparams(module, *_begun(module, x))
             module.scale_before.resize_(module.scale.shape).copy_(module.scale)
+            learned_offset.begin(module)
     if not rounding:
         return x
     # the next tensor that shares it changes the scale in place
@@ -157,6 +167,7 @@ def _first_passes(module: Any, x: torch.Tensor, observing: bool, rounding: bool)
             with torch.no_grad():
                 module.scale.copy_(_with_all_alive(module.scale, alive))
                 module.scale_before.copy_(module.scale)
+                learned_offset.begin(module)
             module.learned.fill_(1)
     return y
 
@@ -180,7 +191,11 @@ def _begun(module: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     0.951 from there and 0.929 from min and max; without ``LARGEST_STEP`` 0.943 and 0.896.
     """
     scale, zero_point = following.qparams_of_range(module)
-    if not (module.sees_weights and module.is_symmetric and module.scale.requires_grad):
+    if not (module.sees_weights and module.scale.requires_grad):
+        return scale, zero_point
+    if module.begins_by_deviation:
+        return _by_deviation(module, x, scale)
+    if not module.is_symmetric:
         return scale, zero_point
     observer = module.activation_post_process
     size = x.detach().to(torch.float32).abs()
@@ -191,6 +206,20 @@ def _begun(module: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         size = size.mean()
     above = observer.quant_max - following.middle(observer)
     return torch.maximum((2 * size / math.sqrt(above)).reshape(scale.shape), observer.eps), zero_point
+
+
+def _by_deviation(module: Any, x: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As LSQ+ begins: ``max(|mean - 3 std|, |mean + 3 std|) / 2^(bits - 1)``; with a zero point, from end to end."""
+    observer = module.activation_post_process
+    low, high = (end.reshape(like.shape) for end in learned_offset.of_three_deviations(module, x))
+    middle = following.middle(observer)
+    if module.is_symmetric:
+        scale = torch.maximum(low.abs(), high.abs()) / (observer.quant_max - middle + 1)
+        return torch.maximum(scale, observer.eps), torch.full_like(scale, middle)
+    least, most = observer.quant_min, observer.quant_max
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = torch.maximum((high - low) / float(most - least), observer.eps)
+    return scale, (least - torch.round(low / scale)).clamp(least, most)
 
 
 def _alive(module: Any) -> torch.Tensor:
@@ -209,7 +238,9 @@ def _with_all_alive(scale: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
     return torch.where(alive, scale, mean)
 
 
-def _rounded(module: Any, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def _rounded(module: Any, x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None = None) -> torch.Tensor:
+    if offset is not None:
+        return _written_out(module, x, scale, offset)
     observer = module.activation_post_process
     zero_point = module.zero_point.to(torch.float32)
     settings = observer.quant_min, observer.quant_max, gradient_factor(module, x)
@@ -221,16 +252,21 @@ def _rounded(module: Any, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return y.to(x.dtype)
 
 
-def _written_out(module: Any, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def _written_out(module: Any, x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None = None) -> torch.Tensor:
     """As :func:`_rounded`, by operators that ``torch.compile`` knows: it cannot follow torch's own."""
     observer = module.activation_post_process
     wide = x.to(torch.float32)
     shape = [1] * x.dim()
     if module.is_per_channel:
         shape[module.ch_axis] = scale.numel()
+    y: torch.Tensor
+    if offset is not None:
+        settings = observer.quant_min, observer.quant_max, gradient_factor(module, x)
+        y = learned_offset.Rounded.apply(wide, scale.reshape(shape), offset.reshape(shape), *settings)
+        return y.to(x.dtype)
     zero_point = module.zero_point.to(torch.float32).reshape(shape)
     limits = observer.quant_min - zero_point, observer.quant_max - zero_point
-    y: torch.Tensor = _WrittenOut.apply(wide, scale.reshape(shape), *limits, gradient_factor(module, x))
+    y = _WrittenOut.apply(wide, scale.reshape(shape), *limits, gradient_factor(module, x))
     return y.to(x.dtype)
 
 
@@ -296,19 +332,40 @@ def _in_a_graph(module: Any, x: torch.Tensor) -> torch.Tensor:
         ends = ends & alive.any()
         after = _with_all_alive(scale, alive)
         value = torch.where(first, scale, _held(module))
-    y = _written_out(module, x, _With.apply(module.scale.clone(), value))
+    y = _written_out(module, x, _With.apply(module.scale.clone(), value), _offset_in_a_graph(module, first, value))
     with torch.no_grad():
         after = torch.where(ends, after, value)
         module.scale.copy_(after)
         module.scale_before.copy_(after)
+        if learned_offset.has_offset(module):
+            begun = -module.zero_point.to(torch.float32) * after
+            module.offset.copy_(torch.where(first, begun, learned_offset.held(module, after)))
         module.learned.copy_(torch.where(ends, 1, module.learned))
     return torch.where(rounding, y, x)
 
 
+def _offset_in_a_graph(module: Any, first: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | None:
+    """The offset for this pass, with the gradient of the Parameter, and its zero point where the module has it."""
+    if not learned_offset.has_offset(module):
+        return None
+    with torch.no_grad():
+        value = learned_offset.held(module, scale)
+        value = torch.where(first, -module.zero_point.to(torch.float32) * scale, value)
+        zero_point = learned_offset.zero_point_of(module, value, scale).to(module.zero_point.dtype)
+        module.zero_point.copy_(torch.where(first, module.zero_point, zero_point))
+    offset: torch.Tensor = _With.apply(module.offset.clone(), value)
+    return offset
+
+
 def qparams(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """``(scale, zero_point)``, float32 and int32, of the shape ``(1,)`` or ``(channels,)``: what conversion reads."""
-    scale = _held(module) if bool(module.learned) else module.scale.detach().clone()
-    return scale, module.zero_point.clone()
+    if not bool(module.learned):
+        return module.scale.detach().clone(), module.zero_point.clone()
+    scale = _held(module)
+    if not learned_offset.has_offset(module):
+        return scale, module.zero_point.clone()
+    zero_point = learned_offset.zero_point_of(module, learned_offset.held(module, scale), scale)
+    return scale, zero_point.to(module.zero_point.dtype)
 
 
 def fold(module: object, factor: torch.Tensor) -> None:

@@ -171,8 +171,10 @@ def _activation(config: QuantConfig, method: Method) -> Any:
         settings = {"observer": observer, **averaging, **shared}
         return _made_with(spec, own_rounding or TorchFakeQuantize, settings, observer)
     # it computes the moving average itself, so that this is the only estimator of training
-    rounding = LearnedFakeQuantize if spec.fake_quantize == "learned" else FakeQuantize
-    return _constructor(rounding, observer=MovingAverageMinMaxObserver, averaging_constant=AVERAGING_CONSTANT, **shared)
+    shared |= {"observer": MovingAverageMinMaxObserver, "averaging_constant": AVERAGING_CONSTANT}
+    if spec.fake_quantize == "auto":
+        return _constructor(FakeQuantize, **shared)
+    return _constructor(LearnedFakeQuantize, with_offset=spec.fake_quantize == "learned_offset", **shared)
 
 
 def _weight(config: QuantConfig, method: Method, *, per_tensor: bool) -> Any:
@@ -197,8 +199,9 @@ def _weight(config: QuantConfig, method: Method, *, per_tensor: bool) -> Any:
         return _made_with(spec, own, shared)
     if method == "qat":
         # averaging_constant=1: the range is that of the weights as they are now, without memory
-        if spec.fake_quantize == "learned":
-            return LearnedFakeQuantize.with_args(sees_weights=True, observer=moving, averaging_constant=1.0, **shared)
+        if spec.fake_quantize != "auto":
+            own = {"sees_weights": True, "with_offset": spec.fake_quantize == "learned_offset"}
+            return LearnedFakeQuantize.with_args(observer=moving, averaging_constant=1.0, **own, **shared)
         return FakeQuantize.with_args(observer=moving, averaging_constant=1.0, **shared)
     return (moving if spec.observer == "moving_average" else exact).with_args(**shared)
 

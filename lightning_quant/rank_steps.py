@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_quant import fake_quantize
+from lightning_quant import fake_quantize, learned_offset
 from lightning_quant.backends.graph import sees_weights
 from lightning_quant.fake_quantize import is_on
 from lightning_quant.learned_scale import is_learned
@@ -112,13 +112,15 @@ class RankSteps:
             else:
                 fake_quantize.keep_qparams(module, *fake_quantize.qparams_of_range(module))
             module.scale_before.resize_(module.scale.shape).copy_(module.scale)
+            learned_offset.begin(module)
             module.learned.fill_(1)
             self._waiting.remove(index)
 
     def average_gradients(self, optimizer: Optimizer) -> None:
         """Let the gradients of the scales that this optimizer trains be their mean over the ranks. A collective."""
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        scales = [module.scale for module in self._learned if id(module.scale) in trained]
+        own_parameters = [p for module in self._learned for p in learned_offset.trained(module).values()]
+        scales = [parameter for parameter in own_parameters if id(parameter) in trained]
         if not scales:
             return
         own = [torch.zeros_like(scale) if scale.grad is None else scale.grad.detach() for scale in scales]

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_quant import fake_quantize, learned_scale, observers
+from lightning_quant import fake_quantize, learned_offset, learned_scale, observers
 from lightning_quant._torch_ao import classes, is_observer
 from lightning_quant.backends import pt2e_classes
 from lightning_quant.backends.graph import info, is_graph
@@ -412,6 +412,7 @@ def _merge_learned(roundings: list[Any], group: dist.ProcessGroup | None, device
         scale, zero_point = values[rank, start : start + 2 * size].reshape(2, size)
         fake_quantize.keep_qparams(module, scale, zero_point)
         module.scale_before.resize_(module.scale.shape).copy_(module.scale)
+        learned_offset.begin(module)
         module.learned.fill_(1)
         start += 2 * size
 

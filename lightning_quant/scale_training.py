@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from lightning_quant.backends.graph import observers
 from lightning_quant.errors import ConfigError
+from lightning_quant.learned_offset import trained
 from lightning_quant.learned_scale import is_learned
 
 log = logging.getLogger(__name__)
@@ -37,8 +38,11 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Scale:
+    """A scale, or an offset. ``name``: of the fake quantize; of an offset, with that word behind it."""
+
     target: str
     name: str
+    kind: str
     parameter: nn.Parameter
     place: _Place
 
@@ -71,7 +75,8 @@ class ScaleTraining:
             group["params"].append(scale.parameter)
             if "param_names" in group:
                 # another list: that of a state_dict is the same object
-                group["param_names"] = [*group["param_names"], f"{scale.target}.{scale.name}.scale"]
+                name = f"{scale.target}.{scale.name}" + ("" if scale.kind == "offset" else f".{scale.kind}")
+                group["param_names"] = [*group["param_names"], name]
         optimizer.state.update(self._states.pop(id(optimizer), {}))
 
     def _take_out(self, optimizer: Optimizer, *_: Any) -> None:
@@ -151,7 +156,7 @@ def train_scales(graphs: dict[str, nn.Module], optimizers: Iterable[Any]) -> Sca
     ]
     if not found:
         return ScaleTraining(())
-    parameters: list[nn.Parameter] = [module.scale for _, _, module, _ in found]  # type: ignore[misc]
+    parameters = [parameter for _, _, module, _ in found for parameter in trained(module).values()]
     optimizers = list(optimizers)
     for optimizer in optimizers:
         if not isinstance(optimizer, Optimizer):
@@ -171,12 +176,12 @@ def train_scales(graphs: dict[str, nn.Module], optimizers: Iterable[Any]) -> Sca
     for target, name, module, graph in found:
         near = next(_near(graph, name), None)
         place = _most(graph, places) if near is None else next((places[id(p)] for p in near if id(p) in places), None)
-        parameter: Any = module.scale
-        parameter.requires_grad_(place is not None)
+        for kind, parameter in trained(module).items():
+            parameter.requires_grad_(place is not None)
+            if place is not None:
+                scales.append(_Scale(target, name if kind == "scale" else f"{name}.{kind}", kind, parameter, place))
         if place is None:
             still.append(f"{target}.{name}" if target else name)
-        else:
-            scales.append(_Scale(target, name, parameter, place))
     if still:
         log.warning(
             "%d learned scales are not trained, but follow the range, because no optimizer trains the layer that they "
@@ -229,5 +234,5 @@ def _read_by(graph: nn.Module, node: fx.Node) -> list[nn.Parameter]:
 
 def _weights(module: nn.Module) -> list[nn.Parameter]:
     """Parameters that are no scales."""
-    scales = {id(part.scale) for part in module.modules() if is_learned(part)}
+    scales = {id(own) for part in module.modules() if is_learned(part) for own in trained(part).values()}
     return [parameter for parameter in module.parameters() if id(parameter) not in scales]

@@ -94,6 +94,11 @@ class Team:
         dist.all_gather_object(found, value, group=self.group)
         return found
 
+    def add(self, tensor: torch.Tensor) -> None:
+        """Let a tensor on the CPU be the sum of those of all ranks."""
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.SUM, self.group)
+
     def give(self, tensors: Iterable[torch.Tensor]) -> None:
         """Write the values that rank 0 has into the tensors of the others: the same shapes and dtypes on all."""
         if self.size == 1:

@@ -23,6 +23,7 @@ from lightning_quant import (
     ExportConfig,
     ExportError,
     LayerConfig,
+    OscillationFreezing,
     PostTrainingQuantization,
     QuantConfig,
     QuantizationAwareTraining,
@@ -232,6 +233,43 @@ def distilled(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def reestimated(folder: Path) -> dict[str, Any]:
+    """Learned offsets, and statistics of all ranks at the end."""
+    model = Network()
+    spec = TensorSpec(fake_quantize="learned_offset")
+    callback = QuantizationAwareTraining(
+        QuantConfig(activation=spec), reestimate_batches=3, export=export(folder / "reestimated")
+    )
+    own: list[torch.Tensor] = []
+
+    class Seen(pl.Callback):
+        """What comes into the batch norm of this rank while its statistics are estimated."""
+
+        def on_train_end(self, *_: Any) -> None:
+            norm = next(part for part in model.modules() if isinstance(part, nn.BatchNorm2d))
+            norm.register_forward_pre_hook(lambda _, args: own.append(args[0].detach()))
+
+    parallel(callback, Seen()).fit(model, val_dataloaders=val_loader())
+    return outcome(callback, model) | {"own": own[:3], "modes": [part.training for part in model.modules()]}
+
+
+def oscillating(folder: Path) -> dict[str, Any]:
+    model = Network()
+    callback = QuantizationAwareTraining(
+        QuantConfig(weight=TensorSpec(bits=3)),
+        freeze_oscillations=OscillationFreezing(threshold=0.2, final_threshold=None, momentum=0.15),
+        export=export(folder / "oscillating"),
+    )
+
+    class Known(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.found = callback._oscillations.state()
+
+    known = Known()
+    parallel(callback, known, max_epochs=3).fit(model, val_dataloaders=val_loader())
+    return outcome(callback, model) | {"oscillations": known.found}
+
+
 def export(folder: Path) -> ExportConfig:
     return ExportConfig(formats=("torchscript",), directory=str(folder))
 
@@ -383,6 +421,8 @@ SCENARIOS = (
     qat,
     learned,
     distilled,
+    oscillating,
+    reestimated,
     accumulated,
     averaged,
     resumed,

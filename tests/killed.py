@@ -19,7 +19,7 @@ import torch
 from modules import BATCH, ONE_FORMAT, Classifier, convnet, rows, trainer
 from roots import part, pl
 
-from lightning_quant import QuantConfig, QuantizationAwareTraining, TensorSpec
+from lightning_quant import OscillationFreezing, QuantConfig, QuantizationAwareTraining, TensorSpec
 
 TRAIN, VAL = 72, 40
 BATCHES = 5  # the last one of 8
@@ -38,6 +38,7 @@ class Job:
     Attributes:
         quantized: With QuantizationAwareTraining, else in float.
         learned: Scales are trained.
+        freezing: Weights have 3 bits, and those that oscillate are frozen.
         adam: Else SGD with momentum.
         every_n_steps: Checkpoints come after so many steps; None: at the end of each epoch.
         place, way, step: Where, how and at which global step it dies; ``way=""``: it does not. A place that is passed
@@ -49,6 +50,7 @@ class Job:
     freeze_observers_epoch: int | None = None
     freeze_batch_norm_epoch: int | None = None
     learned: bool = False
+    freezing: bool = False
     adam: bool = False
     every_n_steps: int | None = None
     epochs: int = 3
@@ -63,7 +65,7 @@ class Job:
     def in_float(self) -> Job:
         """The same one without quantization."""
         return replace(self, quantized=False, start_epoch=0, freeze_observers_epoch=None, freeze_batch_norm_epoch=None,
-                       learned=False)  # fmt: skip
+                       learned=False, freezing=False)  # fmt: skip
 
 
 class _Order:
@@ -180,8 +182,10 @@ def train(job: Job, folder: Path, resume: Path | None) -> None:
     quantization = None
     if job.quantized:
         spec = TensorSpec(fake_quantize="learned") if job.learned else TensorSpec()
+        freezing = OscillationFreezing(threshold=0.2, final_threshold=0.1, momentum=0.1) if job.freezing else None
         quantization = QuantizationAwareTraining(
-            QuantConfig(activation=spec, weight=spec),
+            QuantConfig(activation=spec, weight=replace(spec, bits=3) if job.freezing else spec),
+            freeze_oscillations=freezing,
             start_epoch=job.start_epoch,
             freeze_observers_epoch=job.freeze_observers_epoch,
             freeze_batch_norm_epoch=job.freeze_batch_norm_epoch,

@@ -88,7 +88,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ranks_found(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return started(
         folder,
-        "qat,learned,distilled,accumulated,averaged,resumed,fit_then_ptq,ptq_in_validate,within_bound,failures",
+        "qat,learned,distilled,oscillating,reestimated,accumulated,averaged,resumed,fit_then_ptq,ptq_in_validate,within_bound,"
+        "failures",
         RANKS,
     )
 
@@ -149,6 +150,31 @@ def test_a_teacher_of_two_processes(ranks_found: Any) -> None:
     expected = np.mean([first["local"], second["local"]])
     assert first["metric"] == pytest.approx(expected, rel=1e-5)
     assert second["metric"] == first["metric"]
+
+
+def test_oscillations_of_two_processes_are_the_same(ranks_found: Any) -> None:
+    first, second = ranks_found["oscillating"]
+    assert different(first["weights"], second["weights"]) == []
+    (of_first,), (of_second,) = (list(found["oscillations"].values()) for found in (first, second))
+    assert of_first.keys() == of_second.keys()
+    for name in of_first:
+        assert different(of_first[name], of_second[name]) == []
+    assert 0 < sum(int(kept["frozen"].sum()) for kept in of_first.values())
+    assert first["clean"]
+
+
+def test_statistics_of_batch_norms_are_those_of_all_ranks(ranks_found: Any) -> None:
+    first, second = ranks_found["reestimated"]
+    assert different(first["weights"], second["weights"]) == []
+    values = torch.cat([*first["own"], *second["own"]])
+    assert len(first["own"]) == 3
+    name = next(name.removesuffix("running_mean") for name in first["weights"] if name.endswith("running_mean"))
+    for statistic, expected in (
+        ("running_mean", values.mean((0, 2, 3), dtype=torch.float64)),
+        ("running_var", values.to(torch.float64).var((0, 2, 3))),
+    ):
+        torch.testing.assert_close(first["weights"][name + statistic].double(), expected, rtol=1e-6, atol=1e-7)
+    assert not torch.equal(first["own"][0], second["own"][0])
 
 
 def test_training_is_that_of_ddp(ranks_found: Any) -> None:

@@ -467,7 +467,7 @@ def test_without_a_checkpoint_the_error_says_how_to_save_one(monkeypatch: pytest
     torch.manual_seed(12)
     runner = trainer(callback)
     with monkeypatch.context() as patched:
-        patched.setattr("lightning_quant.callbacks.convert_module", lambda *_: 1 / 0)
+        patched.setattr("lightning_quant.callbacks.base.convert_module", lambda *_: 1 / 0)
         with pytest.raises(ExportError) as raised:
             runner.fit(model, Digits(shuffle=False))
     assert str(raised.value) == (
@@ -487,7 +487,7 @@ def test_after_a_calibration_the_error_says_how_to_calibrate_again(monkeypatch: 
     runner = trainer(callback)
     text = r"Write the files again with trainer\.validate\(\.\.\.\) and this callback\."
     with monkeypatch.context() as patched:
-        patched.setattr("lightning_quant.callbacks.convert_module", lambda *_: 1 / 0)
+        patched.setattr("lightning_quant.callbacks.base.convert_module", lambda *_: 1 / 0)
         with pytest.raises(ExportError, match=text):
             runner.fit(model, Digits())
     runner.validate(model, Digits())

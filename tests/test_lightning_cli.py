@@ -10,7 +10,14 @@ import pytest
 import yaml
 from roots import part
 
-from lightning_quant import LayerConfig, PostTrainingQuantization, QuantConfig, QuantizationAwareTraining, TensorSpec
+from lightning_quant import (
+    LayerConfig,
+    OscillationFreezing,
+    PostTrainingQuantization,
+    QuantConfig,
+    QuantizationAwareTraining,
+    TensorSpec,
+)
 from lightning_quant.demo import Digits, DigitsClassifier
 
 QUIET = [
@@ -73,7 +80,11 @@ def test_training_from_yaml(backend: str) -> None:
             "callbacks": [
                 {
                     "class_path": "lightning_quant.QuantizationAwareTraining",
-                    "init_args": {"config": {"backend": backend, "layers": [layer]}, "export": export},
+                    "init_args": {
+                        "config": {"backend": backend, "layers": [layer]},
+                        "freeze_oscillations": {"threshold": 0.05, "final_threshold": None},
+                        "export": export,
+                    },
                 }
             ],
         }
@@ -84,6 +95,7 @@ def test_training_from_yaml(backend: str) -> None:
         backend=backend,  # type: ignore[arg-type]
         layers=(LayerConfig(type="torch.nn.Conv2d", weight=TensorSpec(qscheme="per_tensor_symmetric")),),
     )
+    assert callback.freeze_oscillations == OscillationFreezing(threshold=0.05, final_threshold=None)
     assert callback.report.coverage == 1.0
 
 

@@ -98,8 +98,10 @@ FROZEN = {"freeze_observers_epoch": 2, "freeze_batch_norm_epoch": 1}
         Job(learned=True, adam=True, place="validation", way="SIGINT", step=2 * BATCHES, **FROZEN),
         # in the middle of an epoch in which all is frozen
         Job(every_n_steps=2, place="optimizer step", way="exception", step=2 * BATCHES + 3, **FROZEN),
+        # some weights are frozen, and others are about to be
+        Job(freezing=True, learned=True, every_n_steps=2, place="backward", way="SIGKILL", step=2 * BATCHES + 3),
     ],
-    ids=["SIGKILL in an epoch", "SIGINT at the end of an epoch", "exception when frozen"],
+    ids=["SIGKILL in an epoch", "SIGINT at the end of an epoch", "exception when frozen", "oscillating"],
 )
 def test_a_killed_training_goes_on_bit_for_bit(job: Job, runs: Runs) -> None:
     check(runs, job)
@@ -116,6 +118,7 @@ def at_random(seed: int) -> Job:
         freeze_observers_epoch=draw.choice(freezes),
         freeze_batch_norm_epoch=draw.choice([None, *range(start, epochs)]),
         learned=draw.random() < 0.5,
+        freezing=draw.random() < 0.5,
         adam=draw.random() < 0.5,
         every_n_steps=draw.choice([None, 1, 2, 3, 4, 7]),
         epochs=epochs,
@@ -129,6 +132,15 @@ def at_random(seed: int) -> Job:
 @pytest.mark.parametrize("seed", range(20))
 def test_any_kill_point(seed: int, runs: Runs) -> None:
     check(runs, at_random(seed))
+
+
+def test_a_resumed_training_has_frozen_weights(runs: Runs) -> None:
+    """What the comparison above is about is there."""
+    job = Job(freezing=True, learned=True, every_n_steps=2)
+    kept = state(runs.undisturbed(replace(job, place="backward", step=2 * BATCHES + 3)))
+    frozen = [value.float().mean() for name, value in kept.items() if name.endswith("/frozen")]
+    assert len(frozen) == 2
+    assert 0 < max(frozen) < 1
 
 
 def test_the_comparison_can_fail(runs: Runs) -> None:

@@ -38,10 +38,10 @@ def learned_class() -> Any:
     class LearnedFakeQuantize(base):
         """Torchao's, computed by :func:`lightning_quant.learned_scale.fake_quantize`."""
 
-        def __init__(self, *args: Any, sees_weights: bool = False, **kwargs: Any) -> None:
+        def __init__(self, *args: Any, sees_weights: bool = False, with_offset: bool = False, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             fake_quantize.complete(self)
-            learned_scale.complete(self, sees_weights)
+            learned_scale.complete(self, sees_weights, with_offset)
 
         def forward(self, X: torch.Tensor) -> torch.Tensor:
             """As torch.ao's."""

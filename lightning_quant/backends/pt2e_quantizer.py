@@ -310,8 +310,10 @@ def activation_spec(config: QuantConfig, method: Method) -> Any:
             "moving_average": names.MovingAverageMinMaxObserver,
         }[spec.observer]
     else:
-        rounding = learned_class() if spec.fake_quantize == "learned" else fake_quantize_class()
-        observer = rounding.with_args(observer=names.MovingAverageMinMaxObserver, averaging_constant=AVERAGING_CONSTANT)
+        learned = {"with_offset": spec.fake_quantize == "learned_offset"} if spec.fake_quantize != "auto" else {}
+        observer = (learned_class() if learned else fake_quantize_class()).with_args(
+            observer=names.MovingAverageMinMaxObserver, averaging_constant=AVERAGING_CONSTANT, **learned
+        )
     return names.QuantizationSpec(
         dtype=_dtype(spec, "quint8"),
         quant_min=low,
@@ -360,8 +362,8 @@ def weight_spec(config: QuantConfig, method: Method, axis: int | None) -> Any:
         settings: dict[str, Any] = {"observer": own} if own else {"observer": moving, "averaging_constant": 1.0}
         if per_channel:
             settings["ch_axis"] = axis  # torchao passes that of the specification to observers alone
-        if config.weight.fake_quantize == "learned":
-            settings["sees_weights"] = True
+        if config.weight.fake_quantize in ("learned", "learned_offset"):
+            settings |= {"sees_weights": True, "with_offset": config.weight.fake_quantize == "learned_offset"}
             own_rounding = learned_class()
         rounding = own_rounding or (names.FakeQuantize if own else fake_quantize_class())
         observer = rounding.with_args(**settings)
