@@ -59,7 +59,7 @@ LAYERS = (
         "pruning",
         "distillation",
     ),
-    ("parts",),
+    ("parts", "corrections"),
     ("figures", "layer_reports"),
     ("report_plots",),
     ("report_page", "logging_to"),
