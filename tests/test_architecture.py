@@ -65,7 +65,7 @@ LAYERS = (
     ("report_page", "logging_to"),
     ("pipeline",),
     ("from_checkpoint", "fallback"),
-    ("planning", "post_training"),
+    ("planning", "post_training", "within_size"),
     ("diagnosis",),
     ("callbacks",),
     ("demo",),

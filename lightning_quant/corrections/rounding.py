@@ -119,16 +119,19 @@ class _Rounding:
         advance: Advance,
     ) -> None:
         self.runner, self.iterations, self.positions, self.advance = runner, iterations, positions, advance
-        self.waiting = {layer.name: layer for layer in layers}
+        # by node: in pt2e functions on several weights of one module share its name
+        self.layers = {node: layer for layer in layers for node in layer.nodes}
+        self.done: set[str] = set()
         self.generator = torch.Generator().manual_seed(seed)
 
     def visit(self, node: fx.Node, pairs: list[Pair]) -> None:
         """Give the layer of a node new roundings. What is called twice has those of its first call."""
-        # its name; or that of its node, where several functions are on weights of one module
-        layer = self.waiting.pop(self.runner.layers[node.name], None)
-        quantization = None if layer is None else layer.quantization
-        product = product_of(self.runner, node)
-        if layer is None or quantization is None or product is None or quantization.axis not in (None, 0):
+        layer = self.layers.get(node.name)
+        if layer is None or node.name in self.done:
+            return
+        self.done.update(layer.nodes)
+        quantization, product = layer.quantization, product_of(self.runner, node)
+        if quantization is None or product is None or quantization.axis not in (None, 0):
             return
         self.advance(layer.name)
         weight = layer.weight
