@@ -117,7 +117,7 @@ def simulated_graphs(graphs: Graphs) -> Graphs:
 
 def sensitivity_of(task: Task, simulated: Graphs) -> Sensitivity:
     """What each layer of all graphs costs, on the first batches. Of several processes, all have to call it."""
-    calls = _record(task, simulated)
+    calls = record(task, simulated)
     return task.data.team.by_first(
         lambda: joined(measure(simulated[name], data, owner=name) for name, data in calls.items() if data)
     )
@@ -125,19 +125,24 @@ def sensitivity_of(task: Task, simulated: Graphs) -> Sensitivity:
 
 def _named(found: Sensitivity, module: Any) -> tuple[LayerSensitivity, ...]:
     """The layers with the submodules that can be skipped for them: what a function stands in has no name of its own."""
+    return tuple(replace(layer, skip=submodule_of(module, layer.skip)) for layer in found.layers)
+
+
+def submodule_of(module: Any, name: str) -> str:
+    """``name``, or the nearest name around it that is one of a submodule."""
     names = {name for name, _ in module.named_modules(remove_duplicate=False)}
-
-    def known(name: str) -> str:
-        while name and name not in names:
-            name = name.rpartition(".")[0]
-        return name
-
-    return tuple(replace(layer, skip=known(layer.skip)) for layer in found.layers)
+    while name and name not in names:
+        name = name.rpartition(".")[0]
+    return name
 
 
 def prepare_again(task: Task, left_float: frozenset[str]) -> tuple[Capture, Graphs]:
     """Capture, prepare and calibrate with some submodules left in float."""
-    config = with_skips(task.config, left_float)
+    return prepare_with(task, with_skips(task.config, left_float))
+
+
+def prepare_with(task: Task, config: QuantConfig) -> tuple[Capture, Graphs]:
+    """Capture, prepare and calibrate with another config than that of the task."""
     team = task.data.team
     captured = team.by_each(lambda: capture(task.module, task.sample, config, task.method))
     graphs = team.by_each(lambda: prepare_graphs(copy_of(task.module), captured, config, task.method))
@@ -172,7 +177,7 @@ def _is_left(name: str, left_float: frozenset[str]) -> bool:
     return any(name == left or name.startswith(f"{left}.") for left in left_float)
 
 
-def _record(task: Task, simulated: Graphs) -> dict[str, list[tuple[Any, ...]]]:
+def record(task: Task, simulated: Graphs) -> dict[str, list[tuple[Any, ...]]]:
     """Target -> what its graph is given in the first batches, in float. All layers are in float afterwards."""
     calls: dict[str, list[tuple[Any, ...]]] = {name: [] for name in simulated}
 

@@ -157,11 +157,7 @@ def sensitivity(prepared: nn.Module, batches: Iterable[Any], *, passes: float = 
         raise ConfigError(f"sensitivity(passes={passes!r}): give a number above 0.")
     model = simulate(prepared)
     graphs = {name: part for name, part in model.named_modules() if is_simulated(part)}
-    calls: dict[str, list[tuple[Any, ...]]] = {name: [] for name in graphs}
-    with torch.no_grad(), _recording(graphs, calls):
-        for batch in batches:
-            call = as_call(batch)
-            model(*call.args, **call.keywords)
+    calls = recorded_calls(model, batches)
     if not any(calls.values()):
         raise ConfigError(
             "sensitivity(batches=...): there is no batch. Give some of the data that it was calibrated on."
@@ -178,6 +174,22 @@ def joined(parts: Iterable[Sensitivity]) -> Sensitivity:
         sqnr_db=min(part.sqnr_db for part in found),
         rows=max(part.rows for part in found),
     )
+
+
+def recorded_calls(model: nn.Module, batches: Iterable[Any]) -> dict[str, list[tuple[Any, ...]]]:
+    """Name of each simulated graph of ``model`` -> what it is given, one tuple for each call.
+
+    Args:
+        model: From :func:`lightning_quant.analysis.simulation.simulate`. It runs as it is switched.
+        batches: Inputs of ``model``, as :func:`sensitivity` takes them.
+    """
+    graphs = {name: part for name, part in model.named_modules() if is_simulated(part)}
+    calls: dict[str, list[tuple[Any, ...]]] = {name: [] for name in graphs}
+    with torch.no_grad(), _recording(graphs, calls):
+        for batch in batches:
+            call = as_call(batch)
+            model(*call.args, **call.keywords)
+    return calls
 
 
 class _recording:

@@ -25,6 +25,7 @@ from lightning_quant.progress import progress_of
 from lightning_quant.report import QuantReport
 from lightning_quant.team import all_ranks
 from lightning_quant.tuning import Goal, described, with_skips
+from lightning_quant.within_size import Fitted, check_max_size, size_described, with_layers, within_size
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,9 @@ class PostTrainingQuantization(QuantizationCallback):
         relative: With ``max_drop``: it is a share of the float value.
         max_evaluations: With ``max_drop``: how many sets of layers are tried at the most.
         max_seconds: With ``max_drop``: when no further set is tried. None: never.
+        max_size: A size such as ``"1.5 MB"`` (units: B, kB, MB, GB, KiB, MiB, GiB): layers are given weights of 4 bits,
+            those first where that costs least, until the files of ONNX and of OpenVINO are no larger. Where that cannot
+            be, the smallest are delivered, with a warning. Not together with ``max_drop``.
 
     Raises:
         ConfigError: The config cannot do the method, a format that was named cannot be written, or settings of the
@@ -74,6 +78,7 @@ class PostTrainingQuantization(QuantizationCallback):
         relative: bool = False,
         max_evaluations: int = 20,
         max_seconds: float | None = None,
+        max_size: str | None = None,
     ) -> None:
         if method not in ("static", "dynamic"):
             raise ConfigError(
@@ -99,14 +104,21 @@ class PostTrainingQuantization(QuantizationCallback):
             monitor=monitor or "", max_drop=max_drop, mode=mode, relative=relative, max_evaluations=max_evaluations,
             max_seconds=max_seconds,
         )  # fmt: skip
+        if max_size is not None:
+            check_max_size(max_size, config, method, export, max_drop)
+        self.max_size = max_size
         self._data: ValidationData | None = None
-        self._tuned: Tuned | None = None
+        self._tuned: Tuned | Fitted | None = None
 
     @property
     def tuned_config(self) -> QuantConfig | None:
         """The config that gives the last run's result without its search; None: there was none."""
         report = self.report
-        return None if report is None or report.search is None else with_skips(self.config, report.search["left_float"])
+        if report is None or report.search is None:
+            return None
+        if "max_size" in report.search:
+            return with_layers(self.config, report.search["layers"])
+        return with_skips(self.config, report.search["left_float"])
 
     @property
     def _used_config(self) -> QuantConfig:
@@ -115,13 +127,20 @@ class PostTrainingQuantization(QuantizationCallback):
     def _amended(self, report: QuantReport) -> QuantReport:
         if self._tuned is None:
             return report
-        record, text = described(self._tuned.outcome, report.metrics_int8)
+        if isinstance(self._tuned, Fitted):
+            record, text = size_described(self._tuned.outcome, report)
+        else:
+            record, text = described(self._tuned.outcome, report.metrics_int8)
         if not record["is_met"]:
             log.warning("%s", text)
         return replace(report, search=record, notes=[*report.notes, text])
 
     def _arguments(self) -> dict[str, Any]:
-        own = {"method": (self.method, "static"), "calibration_batches": (self.calibration_batches, None)}
+        own: dict[str, Any] = {
+            "method": (self.method, "static"),
+            "calibration_batches": (self.calibration_batches, None),
+        }
+        own["max_size"] = (self.max_size, None)
         if self.goal is None:
             return own
         unset = {part.name: None if part.default is MISSING else part.default for part in fields(Goal)}
@@ -174,20 +193,28 @@ class PostTrainingQuantization(QuantizationCallback):
             graphs, metrics = self._calibrated(trainer, pl_module, self._captured, self._data)
             if self.goal is not None and not trainer.fast_dev_run:
                 graphs, metrics = self._within_bound(pl_module, graphs, metrics, self.goal)
+            if self.max_size is not None and not trainer.fast_dev_run:
+                assert self._data is not None  # static quantization has calibrated on it
+                task = self._task(pl_module, self._data)
+                self._tuned = within_size(task, self._captured, graphs, self.max_size, self.export)
+                self._captured, graphs = self._tuned.captured, self._tuned.graphs
         self._finish(trainer, pl_module, graphs, self._data, metrics_float=metrics)
 
     def _within_bound(
         self, pl_module: Any, graphs: Graphs, metrics: dict[str, float] | None, goal: Goal
     ) -> tuple[Graphs, dict[str, float]]:
-        assert self._sample is not None
         assert self._captured is not None
         if self._data is None:
             raise ConfigError(f"max_drop={goal.max_drop}: there is no validation data to evaluate {goal.monitor!r} on.")
-        task = Task(pl_module, self._sample, self._data, self.config, self.method, self.calibration_batches)
+        task = self._task(pl_module, self._data)
         found = metrics if metrics is not None else evaluate(copy_of(pl_module), self._data)
         self._tuned = within_bound(task, self._captured, graphs, goal, found, self.export.path)
         self._captured = self._tuned.captured
         return self._tuned.graphs, found
+
+    def _task(self, pl_module: Any, data: ValidationData) -> Task:
+        assert self._sample is not None
+        return Task(pl_module, self._sample, data, self.config, self.method, self.calibration_batches)
 
     def _captured_by_each(self, trainer: Any, pl_module: Any) -> None:
         all_ranks().by_each(lambda: self._capture(trainer, pl_module) and None)
