@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from lightning_quant import native
-from lightning_quant._torch_ao import UniformQuantizationObserverBase
+from lightning_quant._torch_ao import ObserverBase, UniformQuantizationObserverBase
 from lightning_quant.errors import CalibrationError
 from lightning_quant.range_search import Counts, least_divergence, least_error, quantiles
 
@@ -191,3 +191,37 @@ def chosen_range(observer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     else:
         low, high = least_error(found, steps, symmetric=symmetric)
     return observer.min_val.new_tensor(low), observer.max_val.new_tensor(high)
+
+
+class FixedRange(ObserverBase):
+    """Observes nothing: its scales were chosen. See :meth:`like`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x``."""
+        return x
+
+    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        """As they were given: scale (float32) and zero point (int64), of one shape."""
+        return self.get_buffer("scale"), self.get_buffer("zero_point")
+
+    @classmethod
+    def like(cls, observer: Any, scale: torch.Tensor, zero_point: torch.Tensor) -> FixedRange:
+        """In the place of ``observer``, with its integers and its axis.
+
+        Args:
+            observer: Of torch.ao or torchao.
+            scale: float32, ``(channels,)``, or ``(1,)``.
+            zero_point: int64, of that shape.
+        """
+        made = cls(dtype=observer.dtype)
+        copy_settings(made, observer, scale, zero_point)
+        return made
+
+
+def copy_settings(made: Any, observer: Any, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
+    """Give a new observer what conversion asks of one."""
+    for name in ("qscheme", "quant_min", "quant_max", "ch_axis", "eps", "is_dynamic"):
+        if hasattr(observer, name):
+            setattr(made, name, getattr(observer, name))
+    made.register_buffer("scale", scale.detach().clone())
+    made.register_buffer("zero_point", zero_point.detach().clone())

@@ -29,7 +29,7 @@ from lightning_quant.backends.eager_functions import depends_on_parameters, obse
 from lightning_quant.backends.eager_operators import FIXED, is_able, record_values
 from lightning_quant.backends.eager_reference import neutral
 from lightning_quant.backends.eager_stubs import insert_stubs, make_modules
-from lightning_quant.backends.eager_swapping import QConfigs, int8_modules, observe, swap, trainable_modules
+from lightning_quant.backends.eager_swapping import QCONFIGS, QConfigs, int8_modules, observe, swap, trainable_modules
 from lightning_quant.backends.finishing import finished, float_weights, observe_weights
 from lightning_quant.backends.graph import Feasible, Prepared, engine, info, with_info, working
 from lightning_quant.backends.hiding import move_relus
@@ -37,10 +37,6 @@ from lightning_quant.config import Method, QuantConfig, resolve
 from lightning_quant.errors import ConfigError
 from lightning_quant.fusion import fuse
 from lightning_quant.qconfig import RNNS, layer_qconfig
-
-#: Key of ``graph_module.meta``: name of a module -> its qconfig. Not on the modules, because those of a graph that is
-#: linked to a model in training are the model's own.
-_QCONFIGS = "lightning_quant qconfigs"
 
 
 def check(model: nn.Module, call: Call, method: Method, config: QuantConfig) -> Feasible:
@@ -114,7 +110,7 @@ def _prepare_traced(begun: Begun, method: Method, example: Call, between: bool) 
         float_layers=traced.float_layers,
         swapped=traced.swapped,
     )
-    graph_module.meta[_QCONFIGS] = qconfigs
+    graph_module.meta[QCONFIGS] = qconfigs
     graph_module.train(training)
     return with_info(graph_module, known)
 
@@ -207,7 +203,7 @@ def convert(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None) 
 
 
 def _swap(twin: fx.GraphModule, known: Prepared) -> None:
-    qconfigs = twin.meta.pop(_QCONFIGS) | store_weights(twin, known.config, known.method)
+    qconfigs = twin.meta.pop(QCONFIGS) | store_weights(twin, known.config, known.method)
     swap(twin, qconfigs, tuple(known.kept), known.method)
 
 

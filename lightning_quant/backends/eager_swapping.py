@@ -30,6 +30,9 @@ from lightning_quant.backends.graph import put
 from lightning_quant.config import Method
 from lightning_quant.qconfig import RNNS
 
+#: Key of ``graph_module.meta``: name of a module -> its qconfig. Not on the modules, because those of a graph that is
+#: linked to a model in training are the model's own.
+QCONFIGS = "lightning_quant qconfigs"
 #: Name of a module -> its qconfig.
 QConfigs = dict[str, QConfig | None]
 

@@ -10,7 +10,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -102,6 +102,29 @@ def restore(graph_module: fx.GraphModule) -> None:
         for name, places in hidden.readers.items():
             _read(nodes[name], places, node)
     graph_module.recompile()
+
+
+def hidden_between(source: fx.Node, reader: fx.Node) -> str | None:
+    """What the hidden node calls that ``reader`` would read in the place of ``source``; None: there is none."""
+    hidden: tuple[_Hidden, ...] = source.graph.output_node().meta.get(_HIDDEN, ())
+    return next((str(one.target) for one in hidden if one.source == source.name and reader.name in one.readers), None)
+
+
+def redirect(source: fx.Node, to: fx.Node, readers: Collection[fx.Node]) -> None:
+    """Let ``readers`` read ``to`` where they read ``source``, also through hidden nodes, whose readers are among them.
+
+    Args:
+        source: Node of the graph.
+        to: Another one, in front of what hidden nodes stood in front of.
+        readers: Those that change.
+    """
+    output = source.graph.output_node()
+    names = {reader.name for reader in readers}
+    output.meta[_HIDDEN] = tuple(
+        replace(one, source=to.name) if one.source == source.name and one.readers.keys() <= names else one
+        for one in output.meta.get(_HIDDEN, ())
+    )
+    source.replace_all_uses_with(to, delete_user_cb=lambda user: user in readers)
 
 
 def _inputs(node: fx.Node) -> list[fx.Node]:

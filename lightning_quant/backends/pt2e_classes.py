@@ -81,3 +81,29 @@ def histogram_class() -> Any:
             return found
 
     return HistogramObserver
+
+
+@cache
+def fixed_class() -> Any:
+    """:class:`lightning_quant.observers.FixedRange`, derived from torchao's base of observers."""
+    base: Any = pt2e().ObserverBase
+
+    class FixedRange(base):
+        """As :class:`lightning_quant.observers.FixedRange`."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """``x``."""
+            return x
+
+        def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
+            """As they were given."""
+            return self.get_buffer("scale"), self.get_buffer("zero_point")
+
+        @classmethod
+        def like(cls, observer: Any, scale: torch.Tensor, zero_point: torch.Tensor) -> Any:
+            """As :meth:`lightning_quant.observers.FixedRange.like`."""
+            made = cls(dtype=observer.dtype)
+            observers.copy_settings(made, observer, scale, zero_point)
+            return made
+
+    return FixedRange

@@ -150,7 +150,7 @@ def observe_folded(graph_module: fx.GraphModule, *, per_channel: bool) -> None:
         weight: Any = layer.args[how.weight]
         with graph_module.graph.inserting_before(layer):
             tensors = tuple(graph_module.graph.get_attr(f"{norm.target}.{name}") for name in ("weight", "running_var"))
-            options = (module.eps, layer.target in TRANSPOSED, _groups(layer))
+            options = (module.eps, layer.target in TRANSPOSED, groups_of(layer))
             scaled = graph_module.graph.call_function(scaled_weight, (weight, *tensors, *options))
             again = graph_module.graph.call_function(unscaled_weight, (scaled, weight, *tensors, *options))
         for node in (scaled, again):
@@ -159,8 +159,10 @@ def observe_folded(graph_module: fx.GraphModule, *, per_channel: bool) -> None:
     graph_module.recompile()
 
 
-def _groups(layer: fx.Node) -> int:
-    groups: Any = layer.args[6] if layer.target is not LINEAR and len(layer.args) > 6 else 1
+def groups_of(layer: fx.Node) -> int:
+    """The groups of a convolution, transposed or not; of any other layer, 1."""
+    convolves = layer.target in (*CONVS, *TRANSPOSED)
+    groups: Any = layer.args[6] if convolves and len(layer.args) > 6 else 1
     return int(groups)
 
 
@@ -266,7 +268,7 @@ def _fold(
     weight = value_of(graph_module, source)
     bias_node = layer.args[2] if len(layer.args) > 2 else None
     bias = value_of(graph_module, bias_node) if isinstance(bias_node, fx.Node) else torch.zeros_like(shift)
-    scale = by_channel(factor, weight, layer.target in TRANSPOSED, _groups(layer))
+    scale = by_channel(factor, weight, layer.target in TRANSPOSED, groups_of(layer))
     folded = _stored(graph_module, f"folded_{number}_weight", weight * scale, layer, node)
     if observer is not None:
         name = f"folded_{number}_observer"
