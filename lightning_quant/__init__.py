@@ -7,6 +7,13 @@ from lightning_quant.analysis.sensitivity import LayerSensitivity, Sensitivity, 
 from lightning_quant.backends import convert, prepare
 from lightning_quant.callbacks import PostTrainingQuantization, QuantizationAwareTraining
 from lightning_quant.config import ExportConfig, LayerConfig, QuantConfig, TensorSpec
+from lightning_quant.corrections import (
+    bias_correction,
+    choose_ranges,
+    correct,
+    cross_layer_equalization,
+    smoothquant,
+)
 from lightning_quant.diagnosis import Diagnosis, Trial, diagnose
 from lightning_quant.distillation import Distillation
 from lightning_quant.errors import (
@@ -54,8 +61,12 @@ __all__ = [
     "Sensitivity",
     "TensorSpec",
     "Trial",
+    "bias_correction",
+    "choose_ranges",
     "convert",
+    "correct",
     "coverage",
+    "cross_layer_equalization",
     "diagnose",
     "export",
     "export_checkpoint",
@@ -66,4 +77,5 @@ __all__ = [
     "quantize_checkpoint",
     "recipes",
     "sensitivity",
+    "smoothquant",
 ]

@@ -40,6 +40,7 @@ from lightning_quant.config import (
     resolve,
     resolve_formats,
 )
+from lightning_quant.correcting import correct
 from lightning_quant.distillation import Distillation, Distiller, check_optimization
 from lightning_quant.errors import CalibrationError, ConfigError
 from lightning_quant.evaluate import ValidationData, copy_of, evaluate, validation_data
@@ -475,7 +476,8 @@ class PostTrainingQuantization(QuantizationCallback):
         if data is None:
             raise CalibrationError("static quantization has no validation data to calibrate on.")
         progress = progress_of(trainer)
-        return graphs, calibrate(pl_module, graphs, data, batches=self.calibration_batches, progress=progress)
+        metrics = calibrate(pl_module, graphs, data, batches=self.calibration_batches, progress=progress)
+        return correct(pl_module, graphs, data, batches=self.calibration_batches, progress=progress), metrics
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
         """Run the int8 model; with ``ckpt_path``, that of the checkpoint's weights, calibrated afresh."""
