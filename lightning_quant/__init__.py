@@ -8,6 +8,14 @@ from lightning_quant.backends import convert, prepare
 from lightning_quant.batch_norms import reestimate_batch_norms
 from lightning_quant.callbacks import PostTrainingQuantization, QuantizationAwareTraining
 from lightning_quant.config import ExportConfig, LayerConfig, QuantConfig, TensorSpec
+from lightning_quant.corrections import (
+    adaround,
+    bias_correction,
+    choose_ranges,
+    correct,
+    cross_layer_equalization,
+    smoothquant,
+)
 from lightning_quant.diagnosis import Diagnosis, Trial, diagnose
 from lightning_quant.distillation import Distillation
 from lightning_quant.errors import (
@@ -57,8 +65,13 @@ __all__ = [
     "Sensitivity",
     "TensorSpec",
     "Trial",
+    "adaround",
+    "bias_correction",
+    "choose_ranges",
     "convert",
+    "correct",
     "coverage",
+    "cross_layer_equalization",
     "diagnose",
     "export",
     "export_checkpoint",
@@ -70,4 +83,5 @@ __all__ = [
     "recipes",
     "reestimate_batch_norms",
     "sensitivity",
+    "smoothquant",
 ]

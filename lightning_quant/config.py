@@ -33,6 +33,8 @@ QschemeName = Literal[
 ObserverName = Literal["auto", "histogram", "percentile", "entropy", "min_max", "moving_average"]
 RoundingName = Literal["auto", "learned", "learned_offset"]
 LayerDtype = Literal["int8", "float"]
+#: In the order in which they are applied.
+CorrectionName = Literal["cross_layer_equalization", "smoothquant", "choose_ranges", "adaround", "bias_correction"]
 
 ClassPath = str
 if not TYPE_CHECKING:  # so that a command line refuses what is neither a word of ours nor a path
@@ -275,6 +277,9 @@ class QuantConfig:
         skip: Names (or ``fnmatch`` patterns) of submodules left in float. A pattern that matches nothing is an error.
         layers: What is different for some layers: other observers or schemes, float, a user's own classes, modules to
             keep whole. An entry that matches nothing is an error.
+        corrections: What is corrected after calibration, before the model is converted, each as its paper has it:
+            ``cross_layer_equalization``, ``smoothquant``, ``choose_ranges``, ``adaround``, ``bias_correction``. They
+            are applied in this order, whatever order is given. Of ``method="static"`` alone. Empty: nothing.
         reduce_range: Quantize weights to 7 bits. Needed on x86 CPUs without VNNI, whose int8 multiply-add saturates at
             16 bits. None: decided from this CPU, and written into every file.
         jit: With ``backend="torchscript"``: ``trace`` or ``script`` the model.
@@ -297,6 +302,7 @@ class QuantConfig:
     targets: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     layers: tuple[LayerConfig, ...] = ()
+    corrections: tuple[CorrectionName, ...] = ()
     reduce_range: bool | None = None
     min_coverage: float | None = None
     jit: JitName = "trace"
@@ -335,12 +341,30 @@ class QuantConfig:
             if not isinstance(layer, LayerConfig):
                 raise ConfigError(f"QuantConfig(layers={layer!r}): give LayerConfig entries.")
         _check_specs("QuantConfig", self.activation, self.weight)
+        object.__setattr__(self, "corrections", _ordered(self.corrections))
+        if self.corrections and self.backend == "torchscript":
+            raise ConfigError(
+                f"QuantConfig(corrections={self.corrections!r}, backend='torchscript'): corrections change layers of a "
+                "graph, and TorchScript graph mode has none. Leave them out, or use backend='fx', 'eager' or 'pt2e'."
+            )
         for spec in (self.activation, *(layer.activation for layer in self.layers if layer.activation)):
             if spec.dtype == "qint8" and self.engine in ("x86", "fbgemm", "onednn"):
                 raise ConfigError(
                     f"QuantConfig(activation.dtype='qint8', engine={self.engine!r}): the x86 kernels take unsigned "
                     "activations. Use 'quint8', or engine='qnnpack'."
                 )
+
+
+def _ordered(corrections: Any) -> tuple[CorrectionName, ...]:
+    """The names in the order in which they are applied."""
+    known: tuple[CorrectionName, ...] = get_args(CorrectionName)
+    if isinstance(corrections, str):
+        raise ConfigError(f"QuantConfig(corrections={corrections!r}): give a list of names, e.g. ({corrections!r},).")
+    for name in corrections:
+        _check_choice("QuantConfig", "corrections", name, known)
+    if len({*corrections}) != len(tuple(corrections)):
+        raise ConfigError(f"QuantConfig(corrections={tuple(corrections)!r}): name each correction once.")
+    return tuple(name for name in known if name in corrections)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -440,6 +464,7 @@ def check_method(config: QuantConfig, method: Method) -> None:
                 f"QuantConfig(activation={spec!r}) with method='dynamic': the range of each activation is "
                 "taken when it is computed. Leave activation at its default, or use method='static'."
             )
+    _check_corrections(config, method, activations)
     if few := next((spec for spec in (*activations, *weights) if spec.bits < 8), None):
         _check_bits(config, method, few)
     for spec in (*activations, *weights):
@@ -463,6 +488,22 @@ def check_method(config: QuantConfig, method: Method) -> None:
         raise ConfigError(
             f"LayerConfig(quantized={swapped[0].quantized!r}) with backend={config.backend!r}: it captures operators, "
             f"not modules that could be exchanged. Use backend={' or '.join(map(repr, SWAPPING))}."
+        )
+
+
+def _check_corrections(config: QuantConfig, method: Method, activations: list[TensorSpec]) -> None:
+    """Refuse corrections where there is nothing to correct."""
+    if config.corrections and method != "static":
+        reason = "training corrects weights itself" if method == "qat" else "nothing is calibrated"
+        raise ConfigError(
+            f"QuantConfig(corrections={config.corrections!r}) with method={method!r}: {reason}. Leave them out, or use "
+            "PostTrainingQuantization(method='static')."
+        )
+    plain = next((spec for spec in activations if spec.observer not in ("auto", *HISTOGRAMS)), None)
+    if "choose_ranges" in config.corrections and plain is not None:
+        raise ConfigError(
+            f"QuantConfig(corrections=('choose_ranges',)) with activation.observer={plain.observer!r}: it chooses "
+            "among ranges of a histogram. Leave observer at 'auto', or choose_ranges out."
         )
 
 

@@ -16,6 +16,7 @@ from lightning_quant.analysis.sampling import standard_error
 from lightning_quant.analysis.sensitivity import Sensitivity
 from lightning_quant.capture import Capture
 from lightning_quant.config import QuantConfig, near
+from lightning_quant.correcting import correct
 from lightning_quant.errors import ConfigError, QuantizationError, first_line
 from lightning_quant.evaluate import copy_of, evaluate
 from lightning_quant.fallback import Task, sensitivity_of, simulated_graphs, within_bound
@@ -247,11 +248,11 @@ def _calibrated(task: Task, progress: Progress) -> tuple[Capture, Graphs]:
     check_dtypes(task.module, captured)
     graphs = prepare_graphs(copy_of(task.module), captured, task.config, task.method)
     calibrate(task.module, graphs, task.data, batches=task.calibration_batches, progress=progress)
-    return captured, graphs
+    return captured, correct(task.module, graphs, task.data, batches=task.calibration_batches, progress=progress)
 
 
 def _other_ranges(config: QuantConfig) -> Iterator[tuple[str, QuantConfig]]:
-    for name in OBSERVERS:
+    for name in OBSERVERS if "choose_ranges" not in config.corrections else ():  # which chooses among them itself
         if config.activation.observer != name:
             yield f"activation ranges by {name}", replace(config, activation=replace(config.activation, observer=name))
 

@@ -13,7 +13,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -53,6 +53,14 @@ class ValidationData:
     datamodule: Any
     limit_batches: int | float
     team: Team = ALONE
+
+
+def at_most(data: ValidationData, batches: int | None) -> ValidationData:
+    """The first ``batches`` of each dataloader, as far as that is not limited to less; None: all."""
+    limit = data.limit_batches
+    if batches is None or (isinstance(limit, float) and limit != 1.0):
+        return data
+    return replace(data, limit_batches=batches if isinstance(limit, float) else min(limit, batches))
 
 
 def validation_data(trainer: Any) -> ValidationData | None:

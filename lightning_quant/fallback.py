@@ -13,8 +13,9 @@ from lightning_quant.backends import inner_first
 from lightning_quant.backends.graph import info, put
 from lightning_quant.capture import Capture
 from lightning_quant.config import Method, QuantConfig, near
+from lightning_quant.correcting import correct
 from lightning_quant.errors import ConfigError
-from lightning_quant.evaluate import ValidationData, copy_of, evaluate
+from lightning_quant.evaluate import ValidationData, at_most, copy_of, evaluate
 from lightning_quant.inputs import Sample
 from lightning_quant.parts import Graphs, convert_module, empty_places, join
 from lightning_quant.pipeline import calibrate, capture, prepare_graphs
@@ -147,8 +148,9 @@ def prepare_with(task: Task, config: QuantConfig) -> tuple[Capture, Graphs]:
     captured = team.by_each(lambda: capture(task.module, task.sample, config, task.method))
     graphs = team.by_each(lambda: prepare_graphs(copy_of(task.module), captured, config, task.method))
     if task.method != "dynamic":
-        data = _at_most(task.data, task.calibration_batches)
+        data = at_most(task.data, task.calibration_batches)
         calibrate(task.module, graphs, data, batches=task.calibration_batches)
+        graphs = correct(task.module, graphs, data, batches=task.calibration_batches)
     return captured, graphs
 
 
@@ -188,16 +190,8 @@ def record(task: Task, simulated: Graphs) -> dict[str, list[tuple[Any, ...]]]:
         switch(graph, ())
     handles = [graph.register_forward_pre_hook(keep(name)) for name, graph in simulated.items()]
     try:
-        evaluate(simulated_module(task.module, simulated), _at_most(task.data, BATCHES))
+        evaluate(simulated_module(task.module, simulated), at_most(task.data, BATCHES))
     finally:
         for handle in handles:
             handle.remove()
     return calls
-
-
-def _at_most(data: ValidationData, batches: int | None) -> ValidationData:
-    """Of each dataloader, as far as that is not limited to less."""
-    limit = data.limit_batches
-    if batches is None or (isinstance(limit, float) and limit != 1.0):
-        return data
-    return replace(data, limit_batches=batches if isinstance(limit, float) else min(limit, batches))

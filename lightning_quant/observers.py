@@ -75,6 +75,11 @@ def complete(observer: Any, search: str, percentile: float) -> None:
     observer.register_buffer("max_val", torch.tensor(-math.inf))
 
 
+def is_histogram(observer: Any) -> bool:
+    """Whether ``observer`` is one of ours that counts, of torch.ao or of torchao."""
+    return getattr(observer, "search", None) in SEARCHES and hasattr(observer, "histogram")
+
+
 def observe(observer: Any, x: torch.Tensor) -> None:
     """Add the values of ``x`` to the histogram.
 
@@ -223,5 +228,11 @@ def copy_settings(made: Any, observer: Any, scale: torch.Tensor, zero_point: tor
     for name in ("qscheme", "quant_min", "quant_max", "ch_axis", "eps", "is_dynamic"):
         if hasattr(observer, name):
             setattr(made, name, getattr(observer, name))
+    made.is_fixed = True
     made.register_buffer("scale", scale.detach().clone())
     made.register_buffer("zero_point", zero_point.detach().clone())
+
+
+def is_fixed(observer: Any) -> bool:
+    """Whether ``observer`` is a :class:`FixedRange`, of torch.ao or of torchao."""
+    return getattr(observer, "is_fixed", False) is True

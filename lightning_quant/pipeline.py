@@ -293,6 +293,7 @@ def _report(
     if not can_write_html():
         notes.append(NO_HTML)
     notes += remarks_on_bits(resolved, written.formats)
+    notes += _corrected(quantized)
     if len(parts) > 1 or parts[0].program.name:
         notes.append("The module's own forward could not be captured around its targets: there is one file per target.")
         notes += [f"That is because of its state. {part.refused}" for part in parts[:1] if part.refused]
@@ -323,6 +324,15 @@ def _report(
         versions=versions(),
         notes=notes,
     )
+
+
+def _corrected(quantized: Quantized) -> list[str]:
+    """What corrections did to each target."""
+    return [
+        f"{name or 'forward'}: {one.name} changed {one.changes} {one.of}."
+        for name, graph in quantized.prepared.items()
+        for one in info(graph).corrected
+    ]
 
 
 def _paths(artifacts: tuple[Artifact, ...]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from lightning_quant.config import (
     resolve,
     resolve_formats,
 )
+from lightning_quant.correcting import correct
 from lightning_quant.errors import ConfigError
 from lightning_quant.evaluate import copy_of
 from lightning_quant.exporters import check_writable
@@ -88,6 +89,7 @@ def quantize_checkpoint(
         metrics = None
         if data is not None and method == "static":
             metrics = calibrate(module, graphs, data, batches=calibration_batches, progress=progress)
+            graphs = correct(module, graphs, data, batches=calibration_batches, progress=progress)
         quantized = convert_module(module, graphs)
         return deliver(
             quantized, captured, sample, data, config, method, export, metrics_float=metrics, progress=progress

@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def within_size(task: Task, captured: Capture, graphs: Graphs, max_size: str, ex
     formats = _formats(task.config, task.method, export)
     limit = bytes_of(max_size) - _ROOM
     found = Fitted(SizeOutcome(max_size=max_size, formats=formats, bits={}), captured, graphs)
-    size = team.by_first(lambda: _size(task, found))
+    size = team.by_first(partial(_size, task, found))
     if size <= limit:
         return found
     costs = _costs(task, captured, graphs)
@@ -131,7 +132,7 @@ def within_size(task: Task, captured: Capture, graphs: Graphs, max_size: str, ex
             break
         outcome = replace(found.outcome, bits=bits, entries=_entries(task.config, captured, chosen))
         found = Fitted(outcome, *prepare_with(task, outcome.config(task.config)))
-        size = team.by_first(lambda: _size(task, found))
+        size = team.by_first(partial(_size, task, found))
         if size <= limit:
             break
         budget -= size - limit

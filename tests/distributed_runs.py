@@ -335,6 +335,14 @@ def ptq_in_validate(folder: Path) -> dict[str, Any]:
     return outcome(callback, model) | {"validated": validated}
 
 
+def corrected(folder: Path) -> dict[str, Any]:
+    model = Network()
+    names = ("cross_layer_equalization", "choose_ranges", "bias_correction")
+    callback = PostTrainingQuantization(QuantConfig(corrections=names), export=export(folder / "corrected"))
+    parallel(callback).validate(model, val_loader(), verbose=False)
+    return outcome(callback, model)
+
+
 def with_outlier() -> Network:
     """Trained a little; a channel between its last two layers is 10,000 times as large as the others."""
     model = Network()

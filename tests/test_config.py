@@ -103,6 +103,25 @@ def exactly(text: str) -> str:
             )
             for engine in ("x86", "fbgemm", "onednn")
         ),
+        (
+            lambda: QuantConfig(corrections="adaround"),
+            "QuantConfig(corrections='adaround'): give a list of names, e.g. ('adaround',).",
+        ),
+        (
+            lambda: QuantConfig(corrections=("bias",)),
+            "QuantConfig(corrections='bias'): not one of 'cross_layer_equalization', 'smoothquant', 'choose_ranges', "
+            "'adaround', 'bias_correction'. Known: 'adaround', 'bias_correction', 'choose_ranges', "
+            "'cross_layer_equalization', 'smoothquant'.",
+        ),
+        (
+            lambda: QuantConfig(corrections=["smoothquant", "smoothquant"]),
+            "QuantConfig(corrections=('smoothquant', 'smoothquant')): name each correction once.",
+        ),
+        (
+            lambda: QuantConfig(corrections=("smoothquant",), backend="torchscript"),
+            "QuantConfig(corrections=('smoothquant',), backend='torchscript'): corrections change layers of a graph, "
+            "and TorchScript graph mode has none. Leave them out, or use backend='fx', 'eager' or 'pt2e'.",
+        ),
         (lambda: ExportConfig(directory=""), "ExportConfig(directory=''): give the name of a folder."),
         (lambda: ExportConfig(formats="onnx"), "ExportConfig(formats='onnx'): give a list, e.g. ('onnx',)."),
         (
@@ -315,6 +334,36 @@ def test_an_unknown_method() -> None:
 def test_a_setting_without_a_meaning_for_the_method(spec: TensorSpec, method: Any, text: str) -> None:
     with pytest.raises(ConfigError, match=exactly(text)):
         check_method(QuantConfig(activation=spec), method)
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"), [("qat", "training corrects weights itself"), ("dynamic", "nothing is calibrated")]
+)
+def test_corrections_are_for_what_is_calibrated(method: Any, reason: str) -> None:
+    given = QuantConfig(corrections=("bias_correction",))
+    text = (
+        f"QuantConfig(corrections=('bias_correction',)) with method={method!r}: {reason}. Leave them out, or use "
+        "PostTrainingQuantization(method='static')."
+    )
+    with pytest.raises(ConfigError, match=exactly(text)):
+        check_method(given, method)
+    check_method(given, "static")
+
+
+def test_ranges_are_chosen_among_those_of_a_histogram() -> None:
+    given = QuantConfig(corrections=("choose_ranges",), activation=TensorSpec(observer="min_max"))
+    text = (
+        "QuantConfig(corrections=('choose_ranges',)) with activation.observer='min_max': it chooses among ranges of a "
+        "histogram. Leave observer at 'auto', or choose_ranges out."
+    )
+    with pytest.raises(ConfigError, match=exactly(text)):
+        check_method(given, "static")
+
+
+def test_corrections_have_one_order() -> None:
+    given = QuantConfig(corrections=["bias_correction", "smoothquant"])  # type: ignore[arg-type]
+    assert given.corrections == ("smoothquant", "bias_correction")
+    assert given == QuantConfig(corrections=("smoothquant", "bias_correction"))
 
 
 # ---- formats

@@ -88,8 +88,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ranks_found(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return started(
         folder,
-        "qat,learned,distilled,oscillating,reestimated,accumulated,averaged,resumed,fit_then_ptq,ptq_in_validate,within_bound,"
-        "failures",
+        "qat,learned,distilled,oscillating,reestimated,accumulated,averaged,resumed,fit_then_ptq,ptq_in_validate,corrected,"
+        "within_bound,failures",
         RANKS,
     )
 
@@ -193,7 +193,7 @@ def test_training_is_that_of_ddp(ranks_found: Any) -> None:
     assert all(of_rank["clean"] for of_rank in found)
 
 
-@pytest.mark.parametrize("scenario", ["qat", "learned", "averaged", "fit_then_ptq", "ptq_in_validate"])
+@pytest.mark.parametrize("scenario", ["qat", "learned", "averaged", "fit_then_ptq", "ptq_in_validate", "corrected"])
 def test_one_report_whose_metrics_are_those_of_all_data(scenario: str, ranks_found: Any, folder: Path) -> None:
     first, second = ranks_found[scenario]
     report = first["report"]
@@ -210,6 +210,14 @@ def test_one_report_whose_metrics_are_those_of_all_data(scenario: str, ranks_fou
         put_back.net = load(file)
         check_metrics(report["formats"][name]["metrics"], of_one_process(put_back))
     check_metrics(report["metrics_int8"], report["formats"]["torchscript"]["metrics"])
+
+
+def test_all_ranks_make_the_corrections_of_rank_0(ranks_found: Any) -> None:
+    plain, corrected = ranks_found["ptq_in_validate"], ranks_found["corrected"]
+    notes = [note for note in corrected[0]["report"]["notes"] if " changed " in note]
+    assert [note.split()[1] for note in notes] == ["cross_layer_equalization", "choose_ranges", "bias_correction"]
+    assert torch.equal(corrected[0]["output"], corrected[1]["output"])
+    assert not torch.equal(corrected[0]["output"], plain[0]["output"])
 
 
 def test_rank_0_alone_writes_and_times(ranks_found: Any, folder: Path) -> None:

@@ -13,7 +13,7 @@ import yaml
 from models import Residual, calibrated, decibels, settle
 from torch import nn
 
-from lightning_quant import ConfigError, LayerConfig, QuantConfig, TensorSpec, convert, recipes
+from lightning_quant import ConfigError, LayerConfig, QuantConfig, TensorSpec, convert, correct, recipes
 from lightning_quant.config import check_method, plain
 from lightning_quant.recipes import RECIPES, Recipe
 
@@ -43,6 +43,7 @@ def test_each_gives_an_int8_model(recipe: Recipe, method: Any) -> None:
     torch.manual_seed(0)
     model = settle(Residual()) if method != "dynamic" else nn.Sequential(nn.Flatten(), nn.Linear(192, 5)).eval()
     prepared = calibrated(model, IMAGES, method=method, config=recipe.config, passes=1)
+    prepared = correct(prepared, [IMAGES]) if recipe.config.corrections else prepared
     # a learned scale begins at 2 * mean(|w|) / sqrt(127), which clips weights until it is trained
     least = 20 if recipe.name == "int8_qat_learned" else 25
     with torch.no_grad():
@@ -77,6 +78,7 @@ def test_every_setting_from_yaml() -> None:
             LayerConfig(type=nn.Linear, activation=TensorSpec(observer="percentile", percentile=99.5)),
             LayerConfig(name="net.2", keep=True),
         ),
+        corrections=("smoothquant", "bias_correction"),
         reduce_range=True,
         min_coverage=0.5,
     )

@@ -188,10 +188,16 @@ def convert(prepared: nn.Module, config: QuantConfig | None = None) -> nn.Module
         config: None, or the one that ``prepared`` was prepared with.
 
     Raises:
-        ConfigError: ``config`` is another one.
+        ConfigError: ``config`` is another one; or its corrections were not made.
         CaptureError: ``prepared`` does not come from :func:`prepare`.
         CalibrationError: An observer saw no data.
     """
+    for module in prepared.modules():
+        if is_graph(module) and info(module).config.corrections and not info(module).corrected:
+            raise ConfigError(
+                f"convert(prepared): its config asks for corrections {info(module).config.corrections!r}, which need "
+                "data, and there were none. Call prepared = correct(prepared, batches) first."
+            )
     return each_graph(prepared, config, convert_graph)
 
 

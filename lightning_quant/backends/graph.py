@@ -28,6 +28,21 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
+class Correction:
+    """What a correction after calibration did.
+
+    Attributes:
+        name: Of it, as in ``QuantConfig.corrections``.
+        changes: How many of ``of`` were changed.
+        of: What they are, in the plural.
+    """
+
+    name: str
+    changes: int
+    of: str
+
+
+@dataclass(frozen=True)
 class Prepared:
     """What is known of a prepared or converted graph, kept in ``graph_module.meta``.
 
@@ -44,6 +59,7 @@ class Prepared:
         swapped: Modules of a user's own in the graph -> the class that takes their place in the int8 model.
         weight_observers: Observers and fake quantizes of the graph that see weights, where these are not inside the
             layer that has the weight.
+        corrected: What was corrected after calibration, in that order.
     """
 
     config: QuantConfig
@@ -57,6 +73,7 @@ class Prepared:
     float_layers: dict[str, str] = field(default_factory=dict)
     swapped: dict[str, str] = field(default_factory=dict)
     weight_observers: frozenset[str] = frozenset()
+    corrected: tuple[Correction, ...] = ()
 
 
 @dataclass(frozen=True)

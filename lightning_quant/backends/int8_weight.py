@@ -71,10 +71,15 @@ class Int8Weight(nn.Module):
 
     def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The layer on ``x`` with another weight of the same shape, such as the float one."""
+        result = self.before_activation(x, weight)
+        return result if self.after is None else self.after(result)
+
+    def before_activation(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """As :meth:`compute`, without what is fused with the layer."""
         if self.pad:
             x = F.pad(x, self.pad, mode=self.padding_mode)
         result: torch.Tensor = self.function(x, weight, self.bias, **self.arguments)
-        return result if self.after is None else self.after(result)
+        return result
 
     def extra_repr(self) -> str:
         """The function's name and the weight's shape."""

@@ -22,7 +22,7 @@ from lightning_quant.backends.graph import put
 from lightning_quant.backends.hiding import hidden_between, redirect
 from lightning_quant.backends.pt2e_folding import WEIGHTED
 from lightning_quant.errors import ConfigError
-from lightning_quant.observers import FixedRange
+from lightning_quant.observers import FixedRange, is_fixed
 
 
 class Storage(Protocol):
@@ -172,7 +172,7 @@ class InGraph:
         """Store another one."""
         for name in self._observers():
             observer: Any = self.graph_module.get_submodule(name)
-            if isinstance(observer, _fixed_class()):
+            if is_fixed(observer):
                 continue
             if not hasattr(observer, "reset_min_max_vals"):
                 raise ConfigError(
@@ -182,7 +182,7 @@ class InGraph:
             observer.reset_min_max_vals()
             observer(weight)
         node = weight_node(self.layers[0])
-        target = _stored(self.graph_module, str(node.target), self.layers[0].name, "weight", weight)
+        target = stored(self.graph_module, str(node.target), self.layers[0].name, "weight", weight)
         if node.users.keys() <= {*self.layers}:
             node.target = target
         else:  # a layer that looks up rows, as it is tied to the last one of many language models
@@ -205,7 +205,7 @@ class InGraph:
     def set_bias(self, bias: torch.Tensor) -> None:
         """Store one."""
         first = self.layers[0]
-        target = _stored(self.graph_module, str(weight_node(first).target), first.name, "bias", bias)
+        target = stored(self.graph_module, str(weight_node(first).target), first.name, "bias", bias)
         for layer in self.layers:
             before = self._bias_node(layer)
             if before is not None and before.op == "get_attr" and before.users.keys() <= {*self.layers}:
@@ -250,7 +250,7 @@ def _fixed_class() -> Any:
     return fixed_class()
 
 
-def _stored(graph_module: fx.GraphModule, beside: str, layer: str, what: str, value: torch.Tensor) -> str:
+def stored(graph_module: fx.GraphModule, beside: str, layer: str, what: str, value: torch.Tensor) -> str:
     """Keep a tensor in the module that has the attribute ``beside``, whose name tells the place. Gives its own name."""
     owner = beside.rpartition(".")[0]
     name = f"corrected_{layer}_{what}"

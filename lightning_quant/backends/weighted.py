@@ -17,7 +17,7 @@ from lightning_quant.backends.pt2e_folding import CONVS as CONVOLUTIONS
 from lightning_quant.backends.pt2e_folding import LINEAR, TRANSPOSED, constants_of, groups_of, weighted
 from lightning_quant.backends.stored_weights import InGraph, InModule, Storage, eager_qconfig, fx_qconfig, weight_node
 from lightning_quant.errors import ConfigError
-from lightning_quant.observers import FixedRange
+from lightning_quant.observers import FixedRange, is_fixed
 from lightning_quant.qconfig import CONV_TRANSPOSES, CONVS
 
 _LAYERS: Any = (nn.Linear, *CONVS, *CONV_TRANSPOSES)
@@ -83,6 +83,11 @@ class WeightedLayer:
     transposed: bool
     activated: bool
     storage: Storage = field(repr=False)
+
+    @property
+    def key(self) -> str:
+        """Unlike :attr:`name`, that of this layer alone in its graph: the first of its nodes."""
+        return self.nodes[0]
 
     @property
     def weight(self) -> torch.Tensor:
@@ -156,6 +161,12 @@ class WeightedLayer:
             quant_max=int(observer.quant_max),
             axis=int(observer.ch_axis) if per_channel else None,
         )
+
+    @property
+    def fixed_scale(self) -> torch.Tensor | None:
+        """The scale that :meth:`fix_ranges` was given; None: it was not called."""
+        observer = self.storage.observer()
+        return observer.scale.detach() if is_fixed(observer) else None
 
     def fix_ranges(self, scale: torch.Tensor | None = None) -> None:
         """Let convert round whatever weight is stored from now on with these scales.

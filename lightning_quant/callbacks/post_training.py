@@ -13,6 +13,7 @@ from lightning_quant.attachment import state_of
 from lightning_quant.callbacks.base import QuantizationCallback, _check_trainer
 from lightning_quant.capture import Capture
 from lightning_quant.config import ExportConfig, PostTrainingMethod, QuantConfig
+from lightning_quant.correcting import correct
 from lightning_quant.errors import CalibrationError, ConfigError
 from lightning_quant.evaluate import ValidationData, copy_of, evaluate, validation_data
 from lightning_quant.exporters import check_writable
@@ -228,7 +229,8 @@ class PostTrainingQuantization(QuantizationCallback):
         if data is None:
             raise CalibrationError("static quantization has no validation data to calibrate on.")
         progress = progress_of(trainer)
-        return graphs, calibrate(pl_module, graphs, data, batches=self.calibration_batches, progress=progress)
+        metrics = calibrate(pl_module, graphs, data, batches=self.calibration_batches, progress=progress)
+        return correct(pl_module, graphs, data, batches=self.calibration_batches, progress=progress), metrics
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
         """Run the int8 model; with ``ckpt_path``, that of the checkpoint's weights, calibrated afresh."""

@@ -18,6 +18,7 @@ from lightning_quant.backends.weighted import WeightedLayer, WeightQuantization,
 from lightning_quant.corrections.layer_by_layer import Pair, layer_by_layer
 from lightning_quant.corrections.learned_rounding import Grid, Layer, learned_rounding
 from lightning_quant.corrections.products import Product, product_of
+from lightning_quant.corrections.recording import note
 from lightning_quant.errors import ConfigError
 from lightning_quant.progress import SILENT, Advance, Progress
 
@@ -95,6 +96,7 @@ def adaround(
                 rounding = _Rounding(Runner(part), handles[name], iterations, positions, seed, advance)
                 with engine(info(part).config.engine):
                     layer_by_layer(rounding.runner, floats, quantized, rounding.visit)
+                note(graphs[name], "adaround", rounding.rounded, "layers")
     return changed
 
 
@@ -122,6 +124,7 @@ class _Rounding:
         # by node: in pt2e functions on several weights of one module share its name
         self.layers = {node: layer for layer in layers for node in layer.nodes}
         self.done: set[str] = set()
+        self.rounded = 0
         self.generator = torch.Generator().manual_seed(seed)
 
     def visit(self, node: fx.Node, pairs: list[Pair]) -> None:
@@ -143,6 +146,7 @@ class _Rounding:
         layer.set_weight(grid.values(integers).reshape(weight.shape))
         stored: Any = self.runner.weight_of(node)
         stored.rounded.copy_(layer.weight)
+        self.rounded += 1
 
     def _sample(self, node: fx.Node, product: Product, weight: torch.Tensor, pairs: list[Pair]) -> Layer:
         """The layer at positions that are drawn from all batches."""
