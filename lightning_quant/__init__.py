@@ -7,6 +7,7 @@ from lightning_quant.analysis.sensitivity import LayerSensitivity, Sensitivity, 
 from lightning_quant.backends import convert, prepare
 from lightning_quant.callbacks import PostTrainingQuantization, QuantizationAwareTraining
 from lightning_quant.config import ExportConfig, LayerConfig, QuantConfig, TensorSpec
+from lightning_quant.corrections.rounding import adaround
 from lightning_quant.diagnosis import Diagnosis, Trial, diagnose
 from lightning_quant.distillation import Distillation
 from lightning_quant.errors import (
@@ -54,6 +55,7 @@ __all__ = [
     "Sensitivity",
     "TensorSpec",
     "Trial",
+    "adaround",
     "convert",
     "coverage",
     "diagnose",
