@@ -127,6 +127,11 @@ def ptq(
     calibration_batches: int | None = None,
     directory: str = "quantized",
     formats: list[str] | None = None,
+    max_drop: float | None = None,
+    monitor: str | None = None,
+    mode: Literal["min", "max"] | None = None,
+    relative: bool = False,
+    max_size: str | None = None,
 ) -> None:
     """Make an int8 model from a float checkpoint: calibrate, convert, export, verify and report.
 
@@ -139,6 +144,11 @@ def ptq(
         calibration_batches: How many batches are observed. Default: all.
         directory: Where the files go.
         formats: Which files, e.g. [torchscript,onnx]. Default: those that can be written.
+        max_drop: Leave as few layers in float as are needed so that monitor is no more than this worse than in float.
+        monitor: With max_drop: name of a metric that the module logs in validation.
+        mode: With max_drop: max if more of it is better, min if less is. Default: by the words in its name.
+        relative: With max_drop: it is a share of the float value.
+        max_size: Give layers weights of 4 bits until files of ONNX and OpenVINO are no larger, e.g. "1.5 MB".
     """
     quantize_checkpoint(
         checkpoint,
@@ -150,6 +160,11 @@ def ptq(
         directory=directory,
         formats=formats,
         progress=CONSOLE,
+        max_drop=max_drop,
+        monitor=monitor,
+        mode=mode,
+        relative=relative,
+        max_size=max_size,
     ).print()
 
 

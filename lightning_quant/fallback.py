@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning_quant.analysis.sensitivity import LayerSensitivity, Sensitivity, joined, measure
 from lightning_quant.analysis.simulation import simulate_graph, simulation, switch
@@ -54,6 +54,50 @@ class Tuned:
     outcome: Outcome
     captured: Capture
     graphs: Graphs
+
+
+def goal_of(
+    owner: str,
+    config: QuantConfig,
+    *,
+    max_drop: float | None,
+    monitor: str | None,
+    mode: Literal["min", "max"] | None,
+    relative: bool,
+    max_evaluations: int = 20,
+    max_seconds: float | None = None,
+) -> Goal | None:
+    """The settings of a bound as a goal; None: there is no bound.
+
+    Args:
+        owner: Who takes these settings, for messages.
+        config: What is quantized.
+        max_drop: None: there is no bound. The others are those of :class:`Goal`.
+        monitor: With ``max_drop`` alone, as those that follow.
+        mode: The same.
+        relative: The same.
+        max_evaluations: The same.
+        max_seconds: The same.
+
+    Raises:
+        ConfigError: They contradict each other, or the backend cannot.
+    """
+    if max_drop is None:
+        if (monitor, mode, relative, max_seconds) != (None, None, False, None):
+            raise ConfigError(
+                f"{owner}(monitor=..., mode=..., relative=..., max_seconds=...) are settings of the search for layers "
+                "to leave in float. Give max_drop=... as well, or leave them out."
+            )
+        return None
+    if config.backend == "torchscript":
+        raise ConfigError(
+            f"{owner}(max_drop=...) with backend='torchscript': its graphs have no float form in which single layers "
+            "could be quantized. Use backend='fx', 'eager' or 'pt2e'."
+        )
+    return Goal(
+        monitor=monitor or "", max_drop=max_drop, mode=mode, relative=relative, max_evaluations=max_evaluations,
+        max_seconds=max_seconds,
+    )  # fmt: skip
 
 
 def within_bound(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
 from lightning_quant._roots import root_of
 from lightning_quant.backends import check_classes
+from lightning_quant.capture import Capture
 from lightning_quant.config import (
     ExportConfig,
     PostTrainingMethod,
@@ -20,14 +21,17 @@ from lightning_quant.config import (
 )
 from lightning_quant.correcting import correct
 from lightning_quant.errors import ConfigError
-from lightning_quant.evaluate import copy_of
+from lightning_quant.evaluate import copy_of, evaluate
 from lightning_quant.exporters import check_writable
+from lightning_quant.fallback import Task, Tuned, goal_of, within_bound
 from lightning_quant.from_checkpoint import made_datamodule, read, restored, validation_data_of
 from lightning_quant.inputs import isolated_rng, sample_without_trainer
-from lightning_quant.parts import convert_module
+from lightning_quant.parts import Graphs, convert_module
 from lightning_quant.pipeline import calibrate, capture, check_dtypes, deliver, prepare_graphs
 from lightning_quant.progress import SILENT, Progress
 from lightning_quant.report import QuantReport
+from lightning_quant.tuning import Goal
+from lightning_quant.within_size import Fitted, amended, check_max_size, within_size
 
 _THIS = "lightning_quant.quantize_checkpoint"
 
@@ -43,6 +47,11 @@ def quantize_checkpoint(
     directory: str = "quantized",
     formats: Iterable[str] | None = None,
     progress: Progress = SILENT,
+    max_drop: float | None = None,
+    monitor: str | None = None,
+    mode: Literal["min", "max"] | None = None,
+    relative: bool = False,
+    max_size: str | None = None,
 ) -> QuantReport:
     """Calibrate, convert, export, verify and report, from the weights of a float checkpoint.
 
@@ -60,12 +69,18 @@ def quantize_checkpoint(
         directory: Where the files go.
         formats: Which files. None: the usual ones (:class:`lightning_quant.ExportConfig`).
         progress: Where lines show the steps; :data:`lightning_quant.progress.CONSOLE`: on the terminal.
+        max_drop: As that of :class:`lightning_quant.PostTrainingQuantization`; so are the next ones.
+        monitor: With ``max_drop``: the name of a metric that the module logs in validation.
+        mode: With ``max_drop``: ``max`` if more of it is better, ``min`` if less is; None: by the words in its name.
+        relative: With ``max_drop``: it is a share of the float value.
+        max_size: The size that files of ONNX and OpenVINO may have, such as ``"1.5 MB"``.
 
     Returns:
         The report, which has been written beside the files.
 
     Raises:
-        ConfigError: The config cannot do the method, the module cannot be made, or there is no data to calibrate on.
+        ConfigError: The config cannot do the method, the module cannot be made, there is no data to calibrate on, or
+            settings of the bound contradict each other.
         ArtifactError: The file cannot be read as a checkpoint.
         CaptureError: There is no input, or nothing that can be quantized.
         ExportError: A file could not be written, or computes something else.
@@ -73,6 +88,9 @@ def quantize_checkpoint(
     config = config or QuantConfig()
     export = ExportConfig(directory=directory, formats=None if formats is None else tuple(formats))  # type: ignore[arg-type]  # checked by ExportConfig
     _check(config, method, export, calibration_batches)
+    goal = goal_of(_THIS, config, max_drop=max_drop, monitor=monitor, mode=mode, relative=relative)
+    if max_size is not None:
+        check_max_size(max_size, config, method, export, max_drop)
     module, datamodule = load_pair(Path(checkpoint), module, datamodule)
     with isolated_rng(), torch.device("cpu"):
         data = validation_data_of(module, datamodule)
@@ -90,10 +108,35 @@ def quantize_checkpoint(
         if data is not None and method == "static":
             metrics = calibrate(module, graphs, data, batches=calibration_batches, progress=progress)
             graphs = correct(module, graphs, data, batches=calibration_batches, progress=progress)
+        found: Tuned | Fitted | None = None
+        if goal is not None or max_size is not None:
+            if data is None:
+                raise ConfigError(f"max_drop={max_drop}: there is no validation data to evaluate {monitor!r} on.")
+            task = Task(module, sample, data, config, method, calibration_batches)
+            metrics = metrics or evaluate(copy_of(module), data)
+            found = _searched(task, captured, graphs, goal, max_size, metrics, export)
+            captured, graphs, config = found.captured, found.graphs, found.outcome.config(config)
         quantized = convert_module(module, graphs)
         return deliver(
-            quantized, captured, sample, data, config, method, export, metrics_float=metrics, progress=progress
-        )
+            quantized, captured, sample, data, config, method, export, metrics_float=metrics, progress=progress,
+            amend=lambda report: amended(report, found),
+        )  # fmt: skip
+
+
+def _searched(
+    task: Task,
+    captured: Capture,
+    graphs: Graphs,
+    goal: Goal | None,
+    max_size: str | None,
+    metrics: dict[str, float],
+    export: ExportConfig,
+) -> Tuned | Fitted:
+    """What a bound asks for, on a metric or on the size of files: one of them is given."""
+    if goal is not None:
+        return within_bound(task, captured, graphs, goal, metrics, export.path)
+    assert max_size is not None
+    return within_size(task, captured, graphs, max_size, export)
 
 
 def _check(

@@ -5,6 +5,7 @@ Files of ONNX and OpenVINO store weights of 4 bits and fewer in 4 bits. What els
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,14 +20,17 @@ from lightning_quant.config import ExportConfig, FormatName, LayerConfig, Method
 from lightning_quant.config import resolve_formats as formats_of_export
 from lightning_quant.errors import ConfigError
 from lightning_quant.exporters import Facts, write
-from lightning_quant.fallback import Task, prepare_with, record, simulated_graphs, submodule_of
+from lightning_quant.fallback import Task, Tuned, prepare_with, record, simulated_graphs, submodule_of
 from lightning_quant.figures import class_labels
 from lightning_quant.formatting import shown_bytes
 from lightning_quant.parts import Graphs, convert_module, join, parts_of
 from lightning_quant.qconfig import WEIGHTED
 from lightning_quant.report import QuantReport
+from lightning_quant.tuning import described
 from lightning_quant.tuning.bit_widths import WeightCosts, choose_bits
 from lightning_quant.tuning.size import bytes_of
+
+log = logging.getLogger(__name__)
 
 #: Formats whose files store weights of 4 bits in 4.
 SMALL: tuple[FormatName, ...] = ("onnx", "openvino")
@@ -237,6 +241,19 @@ def size_described(outcome: SizeOutcome, report: QuantReport) -> tuple[dict[str,
         "or take a smaller network."
     )
     return found, text
+
+
+def amended(report: QuantReport, found: Tuned | Fitted | None) -> QuantReport:
+    """The report with what a search has found, by the files and metrics that were delivered. A miss is a warning."""
+    if found is None:
+        return report
+    if isinstance(found, Fitted):
+        record, text = size_described(found.outcome, report)
+    else:
+        record, text = described(found.outcome, report.metrics_int8)
+    if not record["is_met"]:
+        log.warning("%s", text)
+    return replace(report, search=record, notes=[*report.notes, text])
 
 
 def with_layers(config: QuantConfig, entries: Sequence[Mapping[str, Any]]) -> QuantConfig:

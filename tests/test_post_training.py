@@ -394,3 +394,41 @@ def test_as_a_user_does_it(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     assert "SQNR of the output" in done.stdout
     assert QuantReport.load(tmp_path / "quantized").coverage == 1.0
+
+
+# ---- bounds
+
+
+def test_a_bound_on_a_metric(checkpoint: Path, tmp_path: Path) -> None:
+    module, data = modules.WithHyperparameters, modules.Digits()
+    found = quantize_checkpoint(checkpoint, module, datamodule=data, directory=str(tmp_path), formats=("torchscript",),
+                                max_drop=1.0, monitor="val_acc")  # fmt: skip
+    assert found.search is not None
+    assert (found.search["is_met"], found.search["left_float"]) == (True, [])
+
+
+def test_a_bound_on_the_size(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime", reason="pip install 'lightning-quant[onnx]'")
+    status, _, _ = run(
+        "ptq", checkpoint, MODEL, DATA, f"--directory={tmp_path}", "--formats=[onnx]", "--max_size=3 kB", capsys=capsys
+    )
+    assert status == 0
+    report = QuantReport.load(tmp_path)
+    assert report.search is not None
+    assert report.search["max_size"] == "3 kB"
+    assert set(report.search["bits"]) == {"net.0", "net.3"}
+    assert [layer["weight"]["bits"] for layer in report.config["layers"]] == [4, 4]
+
+
+def test_bounds_that_cannot_be(checkpoint: Path, tmp_path: Path) -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        (
+            {"monitor": "val_acc"},
+            "lightning_quant.quantize_checkpoint(monitor=..., mode=..., relative=...",
+        ),
+        ({"max_drop": 0.1}, "max_drop=0.1 needs monitor=..."),
+        ({"max_size": "3"}, "max_size='3': give a number and a unit"),
+    ]
+    for settings, text in cases:
+        with pytest.raises(ConfigError, match=re.escape(text)):
+            quantize_checkpoint(checkpoint, modules.WithHyperparameters, directory=str(tmp_path), **settings)

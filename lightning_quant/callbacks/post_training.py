@@ -6,7 +6,7 @@ The order of Lightning's hooks decides where each thing happens; the comments sa
 from __future__ import annotations
 
 import logging
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, fields
 from typing import Any, Literal
 
 from lightning_quant.attachment import state_of
@@ -17,7 +17,7 @@ from lightning_quant.correcting import correct
 from lightning_quant.errors import CalibrationError, ConfigError
 from lightning_quant.evaluate import ValidationData, copy_of, evaluate, validation_data
 from lightning_quant.exporters import check_writable
-from lightning_quant.fallback import Task, Tuned, within_bound
+from lightning_quant.fallback import Task, Tuned, goal_of, within_bound
 from lightning_quant.from_checkpoint import nothing_is_lost
 from lightning_quant.inputs import has_validation, isolated_rng, validation_data_of_test
 from lightning_quant.parts import Graphs, convert_module
@@ -25,8 +25,8 @@ from lightning_quant.pipeline import calibrate, prepare_graphs
 from lightning_quant.progress import progress_of
 from lightning_quant.report import QuantReport
 from lightning_quant.team import all_ranks
-from lightning_quant.tuning import Goal, described, with_skips
-from lightning_quant.within_size import Fitted, check_max_size, size_described, with_layers, within_size
+from lightning_quant.tuning import Goal, with_skips
+from lightning_quant.within_size import Fitted, amended, check_max_size, with_layers, within_size
 
 log = logging.getLogger(__name__)
 
@@ -91,19 +91,9 @@ class PostTrainingQuantization(QuantizationCallback):
             raise ConfigError(f"calibration_batches={calibration_batches!r}: give 1 or more, or None for all.")
         super().__init__(config, method, export, plan_only)
         self.calibration_batches = calibration_batches
-        if max_drop is None and (monitor, mode, relative, max_seconds) != (None, None, False, None):
-            raise ConfigError(
-                "PostTrainingQuantization(monitor=..., mode=..., relative=..., max_seconds=...) are settings of the "
-                "search for layers to leave in float. Give max_drop=... as well, or leave them out."
-            )
-        if max_drop is not None and config.backend == "torchscript":
-            raise ConfigError(
-                "PostTrainingQuantization(max_drop=...) with backend='torchscript': its graphs have no float form in "
-                "which single layers could be quantized. Use backend='fx', 'eager' or 'pt2e'."
-            )
-        self.goal = None if max_drop is None else Goal(
-            monitor=monitor or "", max_drop=max_drop, mode=mode, relative=relative, max_evaluations=max_evaluations,
-            max_seconds=max_seconds,
+        self.goal = goal_of(
+            type(self).__name__, config, max_drop=max_drop, monitor=monitor, mode=mode, relative=relative,
+            max_evaluations=max_evaluations, max_seconds=max_seconds,
         )  # fmt: skip
         if max_size is not None:
             check_max_size(max_size, config, method, export, max_drop)
@@ -126,15 +116,7 @@ class PostTrainingQuantization(QuantizationCallback):
         return self.config if self._tuned is None else self._tuned.outcome.config(self.config)
 
     def _amended(self, report: QuantReport) -> QuantReport:
-        if self._tuned is None:
-            return report
-        if isinstance(self._tuned, Fitted):
-            record, text = size_described(self._tuned.outcome, report)
-        else:
-            record, text = described(self._tuned.outcome, report.metrics_int8)
-        if not record["is_met"]:
-            log.warning("%s", text)
-        return replace(report, search=record, notes=[*report.notes, text])
+        return amended(report, self._tuned)
 
     def _arguments(self) -> dict[str, Any]:
         own: dict[str, Any] = {

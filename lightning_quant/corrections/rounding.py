@@ -13,6 +13,7 @@ from torch import fx, nn
 from lightning_quant.analysis.branching import Runner
 from lightning_quant.analysis.sensitivity import recorded_calls
 from lightning_quant.analysis.simulation import is_simulated, simulate, simulation, switch
+from lightning_quant.backends import as_call
 from lightning_quant.backends.graph import engine, info, is_graph
 from lightning_quant.backends.weighted import WeightedLayer, WeightQuantization, weighted_layers
 from lightning_quant.corrections.layer_by_layer import Pair, layer_by_layer
@@ -102,6 +103,10 @@ def adaround(
 
 def _calls(simulated: nn.Module, name: str, data: list[Any], quantized: bool) -> list[tuple[Any, ...]]:
     """What one graph of a model is given, with all layers in float or quantized."""
+    if is_simulated(simulated):  # it is given what the model is given: nothing has to run
+        flatten = info(simulated).interface.flatten
+        calls = (as_call(batch) for batch in data)
+        return [flatten(call.args, call.keywords) if call.keywords else call.args for call in calls]
     for part in simulated.modules():
         if is_simulated(part):
             switch(part, [layer.name for layer in simulation(part).layers] if quantized else ())
