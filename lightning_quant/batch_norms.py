@@ -1,7 +1,7 @@
 """Statistics of batch norms, taken once more when a quantization-aware training is over.
 
 Running statistics are moving averages over steps in which weights still moved, and with few bits they do so in jumps:
-at the end they are not those of the network that is converted (Nagel et al. 2022, section 5.1,
+at the end they are not those of the network that is converted (Nagel et al. 2022,
 https://arxiv.org/abs/2203.11086). Here mean and variance are those of all values of some batches at once, with the
 weights as they are and with fake quantize on (Wu and Johnson 2021, section 3, https://arxiv.org/abs/2105.07576).
 """

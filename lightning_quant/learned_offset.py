@@ -54,7 +54,7 @@ def hold(module: Any) -> None:
 
 
 def of_three_deviations(module: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(low, high)``, three standard deviations around the mean of a weight or of each channel (LSQ+, section 3.2)."""
+    """``(low, high)``, three standard deviations around the mean of a weight or of each channel."""
     wide = x.detach().to(torch.float32)
     if module.is_per_channel:
         axis = module.ch_axis % x.dim()
@@ -70,7 +70,7 @@ class Rounded(torch.autograd.Function):
 
     Its gradients are those that follow if every ``round`` has a derivative of 1: of a value inside of the range 1 by
     ``x`` and what was rounded away by the scale; of one outside 1 by the offset, and the integer at that end by the
-    scale, as in section 3.1 of LSQ+, with what was rounded of the zero point. Those of scale and offset are multiplied
+    scale, as in LSQ+, with what was rounded of the zero point. Those of scale and offset are multiplied
     by ``factor``.
     """
 

@@ -68,7 +68,7 @@ class OscillationFreezing:
 def threshold_at(settings: OscillationFreezing, progress: float) -> float:
     """The threshold where ``progress`` of the quantized training is done, 0 to 1.
 
-    ``end + (start - end) * (1 + cos(pi * progress)) / 2``, the cosine annealing of Nagel et al. 2022, section 5.2.
+    ``end + (start - end) * (1 + cos(pi * progress)) / 2``.
 
     >>> [round(threshold_at(OscillationFreezing(threshold=0.04, final_threshold=0.02), at), 3) for at in (0, 0.5, 1)]
     [0.04, 0.03, 0.02]
@@ -114,8 +114,8 @@ def begin(integers: torch.Tensor) -> Oscillation:
 def count(state: Oscillation, integers: torch.Tensor, momentum: float) -> None:
     """Look at a weight after a step.
 
-    It oscillates in a step that changes its integer in the other direction than the change before (Nagel et al. 2022,
-    equations 5 and 6): ``frequency = momentum * oscillates + (1 - momentum) * frequency``, and the same of the integer.
+    It oscillates in a step that changes its integer in the other direction than the change before:
+    ``frequency = momentum * oscillates + (1 - momentum) * frequency``, and the same of the integer.
 
     Args:
         state: Changed in place. What is frozen stays as it is.

@@ -133,7 +133,7 @@ def test_an_activation_begins_at_min_and_max() -> None:
 
 @pytest.mark.parametrize("qscheme", [torch.per_channel_symmetric, torch.per_tensor_symmetric])
 def test_a_weight_begins_by_its_deviation(qscheme: Any) -> None:
-    """Section 3.2 of the paper, in NumPy: ``max(|mean - 3 std|, |mean + 3 std|) / 2^(bits - 1)``."""
+    """By the paper's formula in NumPy: ``max(|mean - 3 std|, |mean + 3 std|) / 2^(bits - 1)``."""
     x = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)) * 0.1 + 0.05
     module = weight(qscheme)
     begun(module, x)
