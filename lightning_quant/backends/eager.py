@@ -32,7 +32,7 @@ from lightning_quant.backends.eager_stubs import insert_stubs, make_modules
 from lightning_quant.backends.eager_swapping import QCONFIGS, QConfigs, int8_modules, observe, swap, trainable_modules
 from lightning_quant.backends.finishing import finished, float_weights, observe_weights
 from lightning_quant.backends.graph import Feasible, Prepared, engine, info, with_info, working
-from lightning_quant.backends.hiding import move_relus
+from lightning_quant.backends.hiding import clamp_observed, move_relus
 from lightning_quant.config import Method, QuantConfig, resolve
 from lightning_quant.errors import ConfigError
 from lightning_quant.fusion import fuse
@@ -94,6 +94,8 @@ def _prepare_traced(begun: Begun, method: Method, example: Call, between: bool) 
         # recurrent layers take the ranges of activations at run time: nothing is observed
         observed = {n: q for n, q in qconfigs.items() if not isinstance(graph_module.get_submodule(n), RNNS)}
         observe(graph_module, observed, tuple(traced.kept), training=training)
+    if method == "static":
+        clamp_observed(graph_module)
     if training:
         move_relus(graph_module)
         observe_weights(graph_module)

@@ -6,6 +6,7 @@ nothing, or worse: an observer in front of a ReLU6 widens the range of what is b
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections import Counter
@@ -171,6 +172,25 @@ def hide_observers(prepared: fx.GraphModule) -> None:
         if is_observer(before) and any(module is before for module in after) and len(node.args[0].users) == 1:
             hide(node.args[0])
     prepared.recompile()
+
+
+def clamp_observed(graph_module: fx.GraphModule) -> None:
+    """As :func:`hide_observers`, for layers whose observer is a part of them: let it see, and give, what is clamped."""
+    modules = dict(graph_module.named_modules(remove_duplicate=False))
+    calls = Counter(id(_called(node, modules)) for node in graph_module.graph.nodes)
+    node: Any
+    for node in graph_module.graph.nodes:
+        limits = clamp_of(node, modules)
+        if limits is None or len(node.args[0].users) != 1:
+            continue
+        layer = _called(node.args[0], modules)
+        observer: Any = getattr(layer, "activation_post_process", None)
+        if is_observer(observer) and not is_fake_quantize(observer) and calls[id(layer)] == 1:
+            observer.register_forward_pre_hook(functools.partial(_clamped, limits))
+
+
+def _clamped(limits: tuple[float, float], observer: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    return (args[0].clamp(*limits),)
 
 
 def count_sharing(prepared: fx.GraphModule) -> None:

@@ -146,6 +146,15 @@ class WeightedLayer:
         return int(self.weight.shape[self.input_axis]) * (1 if self.transposed else self.groups)
 
     @property
+    def is_linear(self) -> bool:
+        """Whether channels are the last dimension of what it reads and gives, and not that behind the batch."""
+        return "conv" not in self.kind.lower()
+
+    def channel_axis(self, activation: torch.Tensor) -> int:
+        """The dimension of the channels of what it reads or gives. A batch may be missing in front of it."""
+        return activation.dim() - 1 if self.is_linear else activation.dim() - self.weight.dim() + 1
+
+    @property
     def quantization(self) -> WeightQuantization | None:
         """How convert would round the weight as it is now; None: it stays float."""
         observer = self.storage.observer()

@@ -82,7 +82,7 @@ def _shifts(
         outputs = []
         for values, values_q in runs:
             y, y_q = _before_activation(floats, number, values), _before_activation(rounded, number, values_q)
-            axis = _channels(y, layer)
+            axis = layer.channel_axis(y)
             error = (y - y_q).transpose(axis, -1).reshape(-1, layer.output_channels).double()
             total, count = total + error.sum(0), count + error.shape[0]
             outputs.append((y, y_q, axis))
@@ -97,13 +97,6 @@ def _shifts(
                 for dead in runner.last.get(number, ()):
                     kept.pop(dead, None)
     return found
-
-
-def _channels(output: torch.Tensor, layer: WeightedLayer) -> int:
-    """The dimension of the channels: of a convolution the one behind the batch, which may be missing."""
-    if "conv" not in layer.kind.lower():
-        return output.dim() - 1
-    return output.dim() - layer.weight.dim() + 1
 
 
 def _before_activation(runner: Runner, number: int, values: dict[fx.Node, Any]) -> torch.Tensor:

@@ -1,15 +1,20 @@
-"""SmoothQuant: outlier channels of activations are scaled down, and the weights that read them up.
+"""SmoothQuant: channels of activations are scaled to one range, and the weights that read them scaled back.
 
 Xiao et al. 2022, "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models",
 https://arxiv.org/abs/2211.10438, equation 4: channel ``j`` of the input ``X`` of a linear layer is divided by ``s_j =
 max|X_j| ** alpha / max|W_j| ** (1 - alpha)``, and column ``j`` of its weight multiplied by it. The division is folded
 into what gives ``X``: the affine of a normalization, or the channels of a layer.
+
+Between convolutions, the same has been done for longer (Meller et al. 2019, "Same, Same But Different",
+https://arxiv.org/abs/1902.01917). The layer that gives ``X`` has one scale for each of its rows, so that dividing these
+costs nothing, and a depthwise convolution has one for each channel that it reads: all of the range moves there
+(``alpha = 1``). A ReLU6 in between stays where it is, and channels grow as far as it allows.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +35,11 @@ from lightning_quant.errors import ConfigError
 ALPHAS = (0.25, 0.5, 0.75)
 #: No channel is divided by less: a channel without values would be multiplied by infinity.
 _LEAST = 1e-5
+#: Between convolutions, a channel is not taken for smaller than this share of the largest one: what is silent in a few
+#: batches may not be so in others, whose values would be cut off.
+_SILENT = 1 / 32
+#: Below the ceiling of a ReLU6, values that were not seen have this much room.
+_ROOM = 1.1
 
 
 @dataclass(frozen=True)
@@ -38,13 +48,16 @@ class _Place:
 
     source: Norm | WeightedLayer
     readers: tuple[WeightedLayer, ...]
+    convolves: bool = False
+    ceiling: float | None = None
 
 
 def smoothquant(prepared: nn.Module, batches: Iterable[Any], *, alpha: float | None = 0.5) -> nn.Module:
     """A copy with outlier channels moved from the inputs of linear layers into their weights; float stays the same.
 
     Linear layers behind a LayerNorm or RMSNorm with an affine, which they alone read (all of them share the scales),
-    and behind another linear layer through nothing or a ReLU.
+    and behind another linear layer through nothing or a ReLU. Convolutions and linear layers behind a convolution that
+    they alone read, through nothing, a ReLU, a ReLU6 that does not cut off on ``batches``, or a pooling.
 
     Args:
         prepared: From :func:`lightning_quant.prepare` for ``static``, by ``fx``, ``eager`` or ``pt2e``. Not changed.
@@ -71,7 +84,7 @@ def smooth(graph_module: fx.GraphModule, calls: Calls, alpha: float | None = 0.5
     done = count if alpha is not None else 0
     if done:
         _smooth(graph_module, calls, alpha or 0.0)
-    note(graph_module, "smoothquant", done, "inputs of linear layers")
+    note(graph_module, "smoothquant", done, "inputs of layers")
 
 
 def _best(graph_module: fx.GraphModule, calls: Calls) -> float | None:
@@ -87,16 +100,29 @@ def _best(graph_module: fx.GraphModule, calls: Calls) -> float | None:
 def _smooth(graph_module: fx.GraphModule, calls: Calls, alpha: float) -> None:
     places = _places(graph_module)
     flow = Flow(graph_module)
-    largest = _largest(graph_module, calls, [_read(flow, place) for place in places])
-    for place, given in zip(places, largest, strict=True):
-        read = torch.stack([ranges_of_inputs(layer.grouped().cpu()) for layer in place.readers]).amax(0).double()
-        live = (given > 0) & (read > 0)
-        scale = given.clamp(min=_LEAST) ** alpha / read.clamp(min=_LEAST) ** (1 - alpha)
-        scale = torch.where(live, scale.clamp(min=_LEAST), 1.0)
+    largest = _largest(graph_module, calls, {_read(flow, place): place.readers[0] for place in places})
+    for place in places:
+        scale = _scale(place, largest[_read(flow, place)], alpha)
         place.source.scale_outputs(1 / scale)
         for layer in place.readers:
             layer.scale_inputs(scale)
     observe_again(graph_module, calls)
+
+
+def _scale(place: _Place, given: torch.Tensor, alpha: float) -> torch.Tensor:
+    """``(channels,)``, float64: what the channels of a place are divided by."""
+    if place.convolves:
+        reader = place.readers[0]
+        depthwise = reader.groups == reader.input_channels and reader.groups > 1 and not reader.transposed
+        given = given.clamp(min=float(given.max()) * _SILENT)
+        if place.ceiling is not None:
+            given = (given * _ROOM / place.ceiling).clamp(max=1.0)
+            return given ** (1.0 if depthwise else alpha)
+        alpha = 1.0 if depthwise else alpha
+    read = torch.stack([ranges_of_inputs(layer.grouped().cpu()) for layer in place.readers]).amax(0).double()
+    live = (given > 0) & (read > 0)
+    scale = given.clamp(min=_LEAST) ** alpha / read.clamp(min=_LEAST) ** (1 - alpha)
+    return torch.where(live, scale.clamp(min=_LEAST), 1.0)
 
 
 def _places(graph_module: fx.GraphModule) -> list[_Place]:
@@ -107,14 +133,14 @@ def _places(graph_module: fx.GraphModule) -> list[_Place]:
         if readers is not None and all(_is_linear(x, norm.channels) and len(x.nodes) == 1 for x in readers):
             found.append(_Place(norm, readers))
     for pair in flow.pairs():
-        if pair.positions == 1 and _is_linear(pair.first) and _is_linear(pair.second):
-            found.append(_Place(pair.first, (pair.second,)))
+        linear = pair.first.is_linear and pair.second.is_linear
+        if pair.positions == 1 and pair.second.quantization is not None and (not linear or pair.ceiling is None):
+            found.append(_Place(pair.first, (pair.second,), not linear, pair.ceiling))
     return found
 
 
-def _is_linear(layer: WeightedLayer, channels: int | None = None) -> bool:
-    linear = "conv" not in layer.kind.lower() and layer.quantization is not None
-    return linear and channels in (None, layer.input_channels)
+def _is_linear(layer: WeightedLayer, channels: int) -> bool:
+    return layer.is_linear and layer.quantization is not None and channels == layer.input_channels
 
 
 def _read(flow: Flow, place: _Place) -> str:
@@ -124,28 +150,30 @@ def _read(flow: Flow, place: _Place) -> str:
     return node.name
 
 
-def _largest(graph_module: fx.GraphModule, calls: Calls, nodes: Sequence[str]) -> list[torch.Tensor]:
-    """``(channels,)``, float64, for each node: the largest absolute value of each channel that it gives."""
+def _largest(graph_module: fx.GraphModule, calls: Calls, nodes: dict[str, WeightedLayer]) -> dict[str, torch.Tensor]:
+    """Node -> ``(channels,)``, float64: the largest absolute value of each channel, as the layer reads it."""
     seen = _Largest(copy.deepcopy(graph_module).cpu(), nodes)
     with torch.no_grad():
         for call in calls:
-            seen.run(*call)
-    return [seen.largest[name] for name in nodes]
+            seen.run(*copy.deepcopy(call))
+    return seen.largest
 
 
 class _Largest(fx.Interpreter):
-    """Runs a graph, and keeps the largest absolute value of each last index of what some nodes give."""
+    """Runs a graph, and keeps the largest absolute value of each channel of what some layers read."""
 
-    def __init__(self, graph_module: fx.GraphModule, nodes: Sequence[str]) -> None:
+    def __init__(self, graph_module: fx.GraphModule, nodes: dict[str, WeightedLayer]) -> None:
         super().__init__(graph_module)
-        self.nodes = {*nodes}
+        self.nodes = nodes
         self.largest: dict[str, torch.Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         """As torch's."""
         value = super().run_node(n)
-        if n.name in self.nodes:
-            found = value.detach().abs().reshape(-1, value.shape[-1]).amax(0).double()
+        layer = self.nodes.get(n.name)
+        if layer is not None:
+            channels = value.detach().abs().transpose(layer.channel_axis(value), -1)
+            found = channels.reshape(-1, channels.shape[-1]).amax(0).double()
             self.largest[n.name] = torch.maximum(self.largest.get(n.name, found), found)
         return value
 

@@ -274,3 +274,19 @@ def test_exported_weights_are_rounded_as_they_are_at_conversion() -> None:
         model[0].weight.mul_(3)
         prepared(X)
         assert sqnr_db(model(X), convert(prepared)(X)) > 30
+
+
+@pytest.mark.parametrize("backend", ["fx", "eager"])
+def test_the_range_behind_a_clamp_is_that_of_what_it_lets_through(backend: Any) -> None:
+    """Of a layer in front of a ReLU6: values that are cut off, and negative ones, get none of the integers."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 4, 1)
+    with torch.no_grad():
+        conv.weight.mul_(20)
+    net = nn.Sequential(conv, nn.ReLU6(), nn.Conv2d(4, 2, 1)).eval()
+    prepared = prepare(net, QuantConfig(backend=backend), method="static", example_inputs=X)
+    prepared(X)
+    with torch.no_grad():
+        int8: Any = convert(prepared)
+        assert float(int8.get_submodule("0").scale) == pytest.approx(6 / 255, rel=0.01)
+        assert torch.equal(prepared(X), net(X))
