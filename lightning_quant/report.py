@@ -268,7 +268,7 @@ class QuantReport:
         console = console or Console()
         head, rows = self.files()
         # as narrow as terminals are: names without their folder, and metrics below
-        names = [", ".join(Path(file).name for file in _leaves({name: self.artifacts[name]})) for name in self.formats]
+        names = [_shown_files(list(_leaves({name: self.artifacts[name]}))) for name in self.formats]
         files = (
             head[:-1],
             [
@@ -376,6 +376,13 @@ def _paths(files: Any) -> Any:
 
 def _leaves(value: Any) -> list[Any]:
     return [leaf for v in value.values() for leaf in _leaves(v)] if isinstance(value, dict) else [value]
+
+
+def _shown_files(files: list[Any]) -> str:
+    """The name of one, or of several what their names have in common."""
+    names = [Path(file).name for file in files]
+    stem, suffix = names[0].partition(".")[0], names[0].rpartition(".")[2]
+    return names[0] if len(names) == 1 else f"{stem}.*.{suffix} ({len(names)})"
 
 
 def _files_of(report: Path) -> set[str]:

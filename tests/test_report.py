@@ -95,6 +95,13 @@ def test_the_files_fit_into_80_columns() -> None:
         assert len(row) == 7
 
 
+def test_several_files_of_a_format_are_one_name_with_their_number() -> None:
+    files = {part: Path("out", f"model.net.{part}.ts") for part in ("encoder", "transformer", "decoder")}
+    entry = next(iter(BASE.formats.values()))
+    report = replace(BASE, artifacts={"torchscript": files}, formats={"torchscript": entry})
+    assert "│ model.*.ts (3) │" in console_text(report, 120)
+
+
 # ---- JSON
 
 
