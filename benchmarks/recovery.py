@@ -10,7 +10,7 @@ import contextlib
 import copy
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -141,6 +141,19 @@ def settings() -> tuple[Setting, ...]:
     )
 
 
+def untrained(config: QuantConfig) -> QuantConfig:
+    """The same bits without what only a training can do: scales that are learned."""
+
+    def plain(spec: TensorSpec | None) -> TensorSpec | None:
+        return None if spec is None else replace(spec, fake_quantize="auto")
+
+    layers = tuple(
+        replace(layer, activation=plain(layer.activation), weight=plain(layer.weight)) for layer in config.layers
+    )
+    own = {name: replace(getattr(config, name), fake_quantize="auto") for name in ("activation", "weight")}
+    return replace(config, layers=layers, **own)
+
+
 @dataclass(frozen=True)
 class Recovered:
     """One seed and one setting: accuracies, shares of 1.
@@ -189,7 +202,7 @@ def run(data: tuple[TensorDataset, TensorDataset], seed: int, folder: str) -> di
     longer = accuracy(_fit(_from(trained, LONGER_LR), seed, LONGER_EPOCHS, data))
     found = {}
     for setting in settings():
-        after = PostTrainingQuantization(setting.config, export=export)
+        after = PostTrainingQuantization(untrained(setting.config), export=export)
         with contextlib.redirect_stdout(io.StringIO()):
             _trainer(1, after).validate(copy.deepcopy(trained), DataLoader(data[1], batch_size=500), verbose=False)
         qat = QuantizationAwareTraining(setting.config, export=export, **setting.arguments)

@@ -9,18 +9,25 @@ from statistics import mean
 from types import ModuleType
 
 import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.fixture(scope="session")
-def accuracy() -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks" / "accuracy.py"
-    spec = importlib.util.spec_from_file_location("benchmarks_accuracy", path)
+def benchmark(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def accuracy() -> ModuleType:
+    return benchmark("accuracy")
 
 
 def _check(rows: list, accuracy: ModuleType) -> None:
@@ -47,3 +54,16 @@ def test_fashion_mnist(accuracy: ModuleType, fashion_mnist_path: Path) -> None:
     rows = [accuracy.run(accuracy.fashion_mnist_task(fashion_mnist_path), seed) for seed in accuracy.SEEDS]
     assert min(row.float_acc for row in rows) > 0.87
     _check(rows, accuracy)
+
+
+@pytest.mark.slow
+def test_the_rows_of_few_bits_run(tmp_path: Path) -> None:
+    """On noise: what is measured is there for each setting. The figures are those of `make bench-accuracy`."""
+    recovery = benchmark("recovery")
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(256, 1, 28, 28), torch.randint(0, 10, (256,)))
+    found = recovery.run((data, data), 0, str(tmp_path))
+    assert list(found) == [setting.name for setting in recovery.settings()]
+    for row in found.values():
+        assert 0 <= row.ptq <= 1
+        assert 0 <= row.qat <= 1
