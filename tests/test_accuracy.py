@@ -47,3 +47,16 @@ def test_fashion_mnist(accuracy: ModuleType, fashion_mnist_path: Path) -> None:
     rows = [accuracy.run(accuracy.fashion_mnist_task(fashion_mnist_path), seed) for seed in accuracy.SEEDS]
     assert min(row.float_acc for row in rows) > 0.87
     _check(rows, accuracy)
+
+
+@pytest.mark.slow
+def test_learned_rounding_of_four_bits(fashion_mnist_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a depthwise network, as benchmarks/adaround.py measures it: within a point of float, without training."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    benchmark = importlib.import_module("adaround")
+    task = benchmark.fashion_mnist_task(fashion_mnist_path)
+    for seed in benchmark.SEEDS:
+        in_float, _, to_nearest, learned, _ = benchmark.run(task, seed)
+        assert in_float > 87
+        assert in_float - learned <= 1.0
+        assert learned > to_nearest + 1.0
