@@ -58,6 +58,7 @@ docs: $(VENV)/.docs  ## the site, in docs/_build/html; a warning is an error
 
 bench: $(VENV)/.benchmarks  ## accuracy, and speed of training and calibration beside other tools; run `make data` first
 	$(VENV)/bin/python benchmarks/accuracy.py
+	$(VENV)/bin/python benchmarks/adaround.py
 	$(VENV)/bin/python benchmarks/page.py
 
 bench-accuracy: $(VENV)/.installed data data-sequences  ## accuracy of int8, of 4 bits with training, and of sequence models; half an hour

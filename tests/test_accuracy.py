@@ -67,3 +67,16 @@ def test_the_rows_of_few_bits_run(tmp_path: Path) -> None:
     for row in found.values():
         assert 0 <= row.ptq <= 1
         assert 0 <= row.qat <= 1
+
+
+@pytest.mark.slow
+def test_learned_rounding_of_four_bits(fashion_mnist_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a depthwise network, as benchmarks/adaround.py measures it: within a point of float, without training."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    benchmark = importlib.import_module("adaround")
+    task = benchmark.fashion_mnist_task(fashion_mnist_path)
+    for seed in benchmark.SEEDS:
+        in_float, _, to_nearest, learned, _ = benchmark.run(task, seed)
+        assert in_float > 87
+        assert in_float - learned <= 1.0
+        assert learned > to_nearest + 1.0

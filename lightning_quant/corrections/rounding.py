@@ -63,8 +63,8 @@ def adaround(
         progress: Where a line shows the layers.
 
     Returns:
-        A copy in eval mode whose stored weights are multiples of their scales, and keep them: :func:`convert` rounds
-        each to that very integer.
+        A copy in eval mode whose stored weights are multiples of their scales, and keep them:
+        :func:`lightning_quant.convert` rounds each to that very integer.
 
     Raises:
         ConfigError: ``prepared`` was prepared for another method or by ``torchscript``, there is no batch, or a number
