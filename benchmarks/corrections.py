@@ -39,10 +39,11 @@ BACKENDS: tuple[BackendName, ...] = ("fx", "eager", "pt2e")
 SETS: tuple[tuple[CorrectionName, ...], ...] = (
     (),
     ("cross_layer_equalization",),
+    ("smoothquant",),
     ("choose_ranges",),
     ("bias_correction",),
-    ("choose_ranges", "bias_correction"),
-    ("cross_layer_equalization", "choose_ranges", "bias_correction"),
+    ("smoothquant", "bias_correction"),
+    ("smoothquant", "choose_ranges", "bias_correction"),
 )
 PHOTOS = {
     "skimage": ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "retina.jpg"),

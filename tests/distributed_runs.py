@@ -436,6 +436,7 @@ SCENARIOS = (
     resumed,
     fit_then_ptq,
     ptq_in_validate,
+    corrected,
     within_bound,
     failures,
     ddp_spawn,

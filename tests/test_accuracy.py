@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -72,11 +73,11 @@ def test_the_rows_of_few_bits_run(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_learned_rounding_of_four_bits(fashion_mnist_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a depthwise network, as benchmarks/adaround.py measures it: within a point of float, without training."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    benchmark = importlib.import_module("adaround")
-    task = benchmark.fashion_mnist_task(fashion_mnist_path)
-    for seed in benchmark.SEEDS:
-        in_float, _, to_nearest, learned, _ = benchmark.run(task, seed)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    adaround = importlib.import_module("adaround")
+    task = adaround.fashion_mnist_task(fashion_mnist_path)
+    for seed in adaround.SEEDS:
+        in_float, _, to_nearest, learned, _ = adaround.run(task, seed)
         assert in_float > 87
         assert in_float - learned <= 1.0
         assert learned > to_nearest + 1.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from lightning_quant import (
     prepare,
     quantize_checkpoint,
 )
-from lightning_quant.config import BackendName
+from lightning_quant.config import BackendName, CorrectionName
 from lightning_quant.correcting import ROWS, _few
 from lightning_quant.corrections import CORRECTIONS, MOVES_RANGES, apply
 
@@ -125,8 +125,9 @@ def test_each_graph_of_a_model_is_corrected_on_what_it_is_given(backend: Backend
     torch.testing.assert_close(convert(corrected)(x), net(x), rtol=0, atol=0.03 * float(net(x).detach().abs().max()))
 
 
-def test_those_that_move_ranges_come_first() -> None:
-    assert tuple(CORRECTIONS)[: len(MOVES_RANGES)] == MOVES_RANGES
+def test_they_have_the_order_of_the_config() -> None:
+    assert tuple(CORRECTIONS) == tuple(name for name in get_args(CorrectionName) if name in CORRECTIONS)
+    assert tuple(CORRECTIONS)[: len(MOVES_RANGES)] == MOVES_RANGES  # what is calibrated again comes first
 
 
 def test_of_large_batches_a_few_are_kept() -> None:
