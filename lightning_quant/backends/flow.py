@@ -1,8 +1,8 @@
 """Which layer of a prepared graph feeds which, so that channels can be scaled in one and scaled back in the other.
 
 Observers, stubs and dropouts in between count as nothing. What is positively homogeneous, ``f(s * x) = s * f(x)`` for
-``s > 0``, lets a scale of each channel through: a ReLU, a pooling, an average. A ReLU6 does while it does not cut off,
-a SiLU or a sum with something else does not.
+``s > 0``, lets a scale of each channel through: a ReLU, a pooling, an average. A ReLU6, a SiLU or a sum with something
+else does not.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from torch.nn import functional as F
 
 from lightning_quant._torch_ao import DeQuantStub, FusedModule, QuantStub, is_observer
 from lightning_quant.backends import islands
-from lightning_quant.backends.hiding import clamp_of
 from lightning_quant.backends.pt2e_folding import WEIGHTED
 from lightning_quant.backends.weighted import WeightedLayer, weighted_layers
 
 _ATEN = torch.ops.aten
 #: What a node between two layers does to channels: nothing at all; something that lets scales through; something with
-#: the positions of each channel; it puts the positions of a channel beside each other; it averages them; a ReLU6.
-Step = Literal["same", "homogeneous", "pool", "flatten", "mean", "clamp"]
+#: the positions of each channel; it puts the positions of a channel beside each other; it averages them.
+Step = Literal["same", "homogeneous", "pool", "flatten", "mean"]
 
 _SAME: tuple[Any, ...] = (
     QuantStub, DeQuantStub, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, F.dropout, F.dropout2d,
@@ -57,13 +56,11 @@ class Pair:
         second: The layer that reads them.
         positions: How many neighbouring inputs of ``second`` are one channel of ``first``: more than one behind a
             flattening.
-        ceiling: The least value that something between them cuts off; None: there is none, and any scale comes through.
     """
 
     first: WeightedLayer
     second: WeightedLayer
     positions: int = 1
-    ceiling: float | None = None
 
 
 class Flow:
@@ -77,7 +74,6 @@ class Flow:
         self.graph_module = graph_module
         self.layers = weighted_layers(graph_module)
         self.nodes: dict[str, fx.Node] = {node.name: node for node in graph_module.graph.nodes}
-        self.modules = dict(graph_module.named_modules(remove_duplicate=False))
         self.layer_of = {name: layer for layer in self.layers for name in layer.nodes}
 
     def step(self, node: fx.Node) -> Step | None:
@@ -95,13 +91,7 @@ class Flow:
             return "pool"
         if kind in _FLATTEN:
             return "flatten" if self._flattens_channels(node) else None
-        if self._ceiling(node) is not None:
-            return "clamp"
         return "mean" if kind in _MEAN else None  # whose axes depend on what it is given
-
-    def _ceiling(self, node: fx.Node) -> float | None:
-        limits = clamp_of(node, self.modules)
-        return limits[1] if limits is not None and limits[0] == 0 else None
 
     def _flattens_channels(self, node: fx.Node) -> bool:
         if node.op == "call_module":
@@ -134,10 +124,7 @@ class Flow:
         return tuple({layer.key: layer for layer in found}.values()) or None
 
     def pairs(self) -> tuple[Pair, ...]:
-        """Layers whose channels can be scaled and scaled back, each called once, in the order of the data.
-
-        Of those with a ceiling, as far as what is scaled stays below it.
-        """
+        """Layers whose channels can be scaled and scaled back, each called once, in the order of the data."""
         return tuple(pair for layer in self.layers if (pair := self._pair(layer)) is not None)
 
     def _pair(self, first: WeightedLayer) -> Pair | None:
@@ -145,7 +132,6 @@ class Flow:
             return None
         node = self.nodes[first.nodes[0]]
         steps: list[Step] = []
-        ceiling: float | None = None
         while True:
             if len(node.users) != 1:
                 return None
@@ -153,12 +139,10 @@ class Flow:
             second = self.layer_of.get(user.name)
             if second is not None:
                 read_once = self.data_of(user) is node and len(second.nodes) == 1 and second is not first
-                return _joined(first, second, steps, ceiling) if read_once else None
+                return _joined(first, second, steps) if read_once else None
             step = self.step(user)
             if step is None or (step == "mean" and not _averages_positions(user, first.weight.dim() - 2)):
                 return None
-            if step == "clamp" and (cut := self._ceiling(user)) is not None:
-                ceiling = cut if ceiling is None else min(ceiling, cut)
             steps.append(step)
             node = user
 
@@ -169,7 +153,7 @@ class Flow:
         return all(is_observer(part) or type(part) in (nn.ReLU, nn.LeakyReLU, nn.Identity) for part in after)
 
 
-def _joined(first: WeightedLayer, second: WeightedLayer, steps: list[Step], ceiling: float | None) -> Pair | None:
+def _joined(first: WeightedLayer, second: WeightedLayer, steps: list[Step]) -> Pair | None:
     """The pair, if the channels of the first layer are those of the second."""
     of_positions = second.is_linear and not first.is_linear  # from the second dimension to the last
     if of_positions != any(step in ("flatten", "mean") for step in steps):
@@ -180,7 +164,7 @@ def _joined(first: WeightedLayer, second: WeightedLayer, steps: list[Step], ceil
     if second.input_channels % first.output_channels:
         return None
     positions = second.input_channels // first.output_channels
-    return Pair(first, second, positions, ceiling) if positions == 1 or "flatten" in steps else None
+    return Pair(first, second, positions) if positions == 1 or "flatten" in steps else None
 
 
 def _averages_positions(node: fx.Node, dimensions: int) -> bool:

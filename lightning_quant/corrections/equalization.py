@@ -54,7 +54,7 @@ def _equalize(graph_module: fx.GraphModule, calls: Calls) -> None:
 
 def equalize(graph_module: fx.GraphModule) -> int:
     """Change the weights of one graph. Gives the number of pairs."""
-    pairs = [pair for pair in Flow(graph_module).pairs() if pair.ceiling is None]
+    pairs = Flow(graph_module).pairs()
     # by float64, and rounded once at the end
     weights = {layer.key: layer.grouped().double().cpu() for pair in pairs for layer in (pair.first, pair.second)}
     outputs = {pair.first.key: torch.ones(pair.first.output_channels, dtype=torch.float64) for pair in pairs}

@@ -8,7 +8,8 @@ into what gives ``X``: the affine of a normalization, or the channels of a layer
 Between convolutions, the same has been done for longer (Meller et al. 2019, "Same, Same But Different",
 https://arxiv.org/abs/1902.01917). The layer that gives ``X`` has one scale for each of its rows, so that dividing these
 costs nothing, and a depthwise convolution has one for each channel that it reads: all of the range moves there
-(``alpha = 1``). A ReLU6 in between stays where it is, and channels grow as far as it allows.
+(``alpha = 1``). A ReLU6 in between lets no scale through. To let channels grow below it, as far as calibration data
+leaves room, changes what the float model gives for other data: on EfficientNet-Lite0 it cost 3 to 9 dB.
 """
 
 from __future__ import annotations
@@ -38,8 +39,6 @@ _LEAST = 1e-5
 #: Between convolutions, a channel is not taken for smaller than this share of the largest one: what is silent in a few
 #: batches may not be so in others, whose values would be cut off.
 _SILENT = 1 / 32
-#: Below the ceiling of a ReLU6, values that were not seen have this much room.
-_ROOM = 1.1
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,6 @@ class _Place:
     source: Norm | WeightedLayer
     readers: tuple[WeightedLayer, ...]
     convolves: bool = False
-    ceiling: float | None = None
 
 
 def smoothquant(prepared: nn.Module, batches: Iterable[Any], *, alpha: float | None = 0.5) -> nn.Module:
@@ -57,7 +55,7 @@ def smoothquant(prepared: nn.Module, batches: Iterable[Any], *, alpha: float | N
 
     Linear layers behind a LayerNorm or RMSNorm with an affine, which they alone read (all of them share the scales),
     and behind another linear layer through nothing or a ReLU. Convolutions and linear layers behind a convolution that
-    they alone read, through nothing, a ReLU, a ReLU6 that does not cut off on ``batches``, or a pooling.
+    they alone read, through nothing, a ReLU or a pooling.
 
     Args:
         prepared: From :func:`lightning_quant.prepare` for ``static``, by ``fx``, ``eager`` or ``pt2e``. Not changed.
@@ -115,9 +113,6 @@ def _scale(place: _Place, given: torch.Tensor, alpha: float) -> torch.Tensor:
         reader = place.readers[0]
         depthwise = reader.groups == reader.input_channels and reader.groups > 1 and not reader.transposed
         given = given.clamp(min=float(given.max()) * _SILENT)
-        if place.ceiling is not None:
-            given = (given * _ROOM / place.ceiling).clamp(max=1.0)
-            return given ** (1.0 if depthwise else alpha)
         alpha = 1.0 if depthwise else alpha
     read = torch.stack([ranges_of_inputs(layer.grouped().cpu()) for layer in place.readers]).amax(0).double()
     live = (given > 0) & (read > 0)
@@ -134,8 +129,8 @@ def _places(graph_module: fx.GraphModule) -> list[_Place]:
             found.append(_Place(norm, readers))
     for pair in flow.pairs():
         linear = pair.first.is_linear and pair.second.is_linear
-        if pair.positions == 1 and pair.second.quantization is not None and (not linear or pair.ceiling is None):
-            found.append(_Place(pair.first, (pair.second,), not linear, pair.ceiling))
+        if pair.positions == 1 and pair.second.quantization is not None:
+            found.append(_Place(pair.first, (pair.second,), convolves=not linear))
     return found
 
 
