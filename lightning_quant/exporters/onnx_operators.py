@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
 
 Program = torch.export.ExportedProgram
 Table = Mapping[Any, Callable[..., Any]]
@@ -56,8 +57,8 @@ def _write_out(program: Program, table: Table) -> bool:
             return False
         if is_unknown(node.target):
             done = node.target == _ATEN.batch_norm.default and _batch_norm(graph, node)
-            if not done:
-                _trace(graph, node, table)
+            if not done and not _trace(graph, node, table):
+                return False
     for node in list(graph.nodes):  # tracing asks for sizes
         if node.target == _ATEN.sym_numel.default:
             _count_values(graph, node)
@@ -155,8 +156,8 @@ def _times(graph: fx.Graph, one: fx.Node, other: Any) -> fx.Node:
     return product
 
 
-def _trace(graph: fx.Graph, node: fx.Node, table: Table) -> None:
-    """Put in the place of a call what torch makes of it when it is traced."""
+def _trace(graph: fx.Graph, node: fx.Node, table: Table) -> bool:
+    """Put in the place of a call what torch makes of it when it is traced; not where that makes tensors of its own."""
     sources = node.all_input_nodes
     function: Any = node.target
 
@@ -166,6 +167,11 @@ def _trace(graph: fx.Graph, node: fx.Node, table: Table) -> None:
 
     with torch.no_grad():
         traced = make_fx(call, decomposition_table=dict(table))(*(source.meta["val"] for source in sources))
+    # what it makes by itself lies in another fake mode, and a program has one
+    modes = {value.fake_mode for value in (source.meta["val"] for source in sources) if hasattr(value, "fake_mode")}
+    made = [inner for inner in traced.graph.nodes if inner.op in ("call_function", "get_attr")]
+    if len(modes) != 1 or not all(_lies_in(inner.meta.get("val"), *modes) for inner in made):
+        return False
     places: dict[fx.Node, Any] = {}
     inputs = iter(sources)
     for inner in traced.graph.nodes:
@@ -184,3 +190,9 @@ def _trace(graph: fx.Graph, node: fx.Node, table: Table) -> None:
             user.replace_all_uses_with(result[user.args[1]])
             graph.erase_node(user)
     graph.erase_node(node)
+    return True
+
+
+def _lies_in(value: Any, mode: Any) -> bool:
+    tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return value is not None and all(getattr(tensor, "fake_mode", None) is mode for tensor in tensors)

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import Mlp, Residual, calibrated, settle
+from models import Mlp, Residual, calibrated, decibels, settle
 from torch import nn
 from torch.nn import functional as F
 
+from lightning_quant import ExportConfig, convert, export, load
 from lightning_quant.exporters import onnx as writer
 from lightning_quant.exporters import onnx_operators, qdq
 from lightning_quant.exporters.onnx_operators import Quick
@@ -115,6 +116,17 @@ def test_what_is_read_elsewhere_is_decomposed_as_a_whole(monkeypatch: pytest.Mon
     assert whole is not quick
     assert not any(getattr(n.target, "_schema", None) and n.target._schema.is_mutable for n in whole.graph.nodes)
     assert torch.equal(outputs(whole, x)[0], expected)
+
+
+def test_what_makes_tensors_of_its_own_is_decomposed_as_a_whole(tmp_path: Any) -> None:
+    """Pooling to places that do not divide the image computes with indices."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 10))
+    x = torch.randn(8, 3, 32, 32)
+    prepared = calibrated(model.eval(), x)
+    path = export(prepared, None, ExportConfig(directory=tmp_path, formats=("onnx",)), x)["onnx"]
+    with torch.no_grad():
+        assert decibels(convert(prepared)(x), load(path)(x)) > 38
 
 
 def test_the_file_has_the_same_steps(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
