@@ -12,9 +12,8 @@ import logging
 import multiprocessing
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
@@ -123,21 +122,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args(arguments)
     fashion = options.fashion_mnist or options.data / "fashion-mnist"
-    jobs: list[Callable[[int], object]] = [partial(_recovered, fashion)]
     names = [model.name for model in sequences.models(options.data)]
-    jobs += [partial(_sequence, options.data, index) for index in range(len(names))]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, mp_context=context, initializer=_alone) as pool:
-        waiting = [[pool.submit(job, seed) for seed in SEEDS] for job in jobs]
-        recovered, *others = ([one.result() for one in of] for of in waiting)
+        few_bits = [pool.submit(_recovered, fashion, seed) for seed in SEEDS]
+        models = {
+            name: [pool.submit(_sequence, options.data, index, seed) for seed in SEEDS]
+            for index, name in enumerate(names)
+        }
+        recovered = [one.result() for one in few_bits]
+        others = {name: [one.result() for one in of] for name, of in models.items()}
     counts = {model.name: len(model.data[1]) for model in sequences.models(options.data)}
     epochs = {"float_epochs": recovery.FLOAT_EPOCHS, "longer": recovery.LONGER_EPOCHS}
     write(
         [
             RECOVERY.format(**epochs),
-            recovery_table(recovered, 10_000),  # type: ignore[arg-type]
+            recovery_table(recovered, 10_000),
             SEQUENCES,
-            sequence_table(dict(zip(names, others, strict=True)), counts),  # type: ignore[arg-type]
+            sequence_table(others, counts),
         ]
     )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -187,6 +186,11 @@ def _trainer(epochs: int, *callbacks: Any) -> pl.Trainer:
     )  # fmt: skip
 
 
+def accuracy(runner: pl.Trainer) -> float:
+    """Of the last validation, as a share of 1."""
+    return float(runner.callback_metrics["val_acc"])
+
+
 def _from(trained: Depthwise, lr: float) -> Depthwise:
     model = copy.deepcopy(trained)
     model.lr = lr
@@ -197,7 +201,6 @@ def run(data: tuple[TensorDataset, TensorDataset], seed: int, folder: str) -> di
     """All settings from one float training."""
     export = ExportConfig(directory=folder, formats=("torchscript",))
     trained = Depthwise()
-    accuracy: Callable[[Any], float] = lambda runner: float(runner.callback_metrics["val_acc"])  # noqa: E731
     float_acc = accuracy(_fit(trained, seed, FLOAT_EPOCHS, data))
     longer = accuracy(_fit(_from(trained, LONGER_LR), seed, LONGER_EPOCHS, data))
     found = {}

@@ -128,12 +128,13 @@ def _write(norm: Any, count: torch.Tensor, total: torch.Tensor, squares: torch.T
 def _only(model: nn.Module, graphs: list[nn.Module], norms: list[Any]) -> Iterator[None]:
     """All but ``norms`` in eval mode, and activations not observed; running statistics do not move."""
     modes = [(module, module.training) for module in model.modules()]
-    flags: list[tuple[Any, torch.Tensor, bool]] = [
-        (module, module.observer_enabled.clone(), sees_weights(graph, name))  # type: ignore[operator]
+    switched: list[tuple[Any, bool]] = [
+        (module, sees_weights(graph, name))
         for graph in graphs
         for name, module in observers(graph).items()
         if isinstance(getattr(module, "observer_enabled", None), torch.Tensor)
     ]
+    flags = [(module, module.observer_enabled.clone(), follows) for module, follows in switched]
     momenta = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     try:
         for module, _ in modes:

@@ -205,7 +205,7 @@ class FixedRange(ObserverBase):
         """``x``."""
         return x
 
-    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]  # torch.ao declares no types
         """As they were given: scale (float32) and zero point (int64), of one shape."""
         return self.get_buffer("scale"), self.get_buffer("zero_point")
 

@@ -199,8 +199,9 @@ class InGraph:
 
     def _bias_node(self, layer: fx.Node) -> fx.Node | None:
         position = self._how.bias
-        found: Any = layer.args[position] if position is not None and len(layer.args) > position else None
-        return found if isinstance(found, fx.Node) else layer.kwargs.get("bias")  # type: ignore[return-value]
+        given: Any = layer.args[position] if position is not None and len(layer.args) > position else None
+        found = given if isinstance(given, fx.Node) else layer.kwargs.get("bias")
+        return found if isinstance(found, fx.Node) else None
 
     def set_bias(self, bias: torch.Tensor) -> None:
         """Store one."""

@@ -41,7 +41,9 @@ def changed(prepared: nn.Module, batches: Iterable[Any], change: Callable[[fx.Gr
     twin = copy.deepcopy(prepared)
     for name in names:
         if calls[name]:
-            change(twin.get_submodule(name), calls[name])  # type: ignore[arg-type]  # is_graph
+            graph_module = twin.get_submodule(name)
+            assert isinstance(graph_module, fx.GraphModule)  # what a backend prepares is one
+            change(graph_module, calls[name])
     return twin
 
 
