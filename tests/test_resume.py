@@ -51,6 +51,7 @@ class Runs:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.done: dict[Job, Path] = {}
+        self.deaths = 0
 
     def undisturbed(self, job: Job) -> Path:
         job = replace(job.undisturbed(), place="", step=0)
@@ -61,10 +62,11 @@ class Runs:
 
     def resumed(self, job: Job) -> tuple[Path, Path]:
         """The folders of the run that died and of the one that went on."""
-        died, again = (self.folder / f"{job}"[:200] / name for name in ("died", "again"))
-        assert killed.run(job, died) == EXIT_CODES[job.way], (died / "output.txt").read_text()
+        self.deaths += 1
+        died, again = (self.folder / f"death {self.deaths}" / name for name in ("died", "again"))
+        assert killed.run(job, died) == EXIT_CODES[job.way], f"{job}: {(died / 'output.txt').read_text()}"
         assert not (died / "end.ckpt").exists()
-        assert killed.run(job.undisturbed(), again, killed.latest(died)) == 0, (again / "output.txt").read_text()
+        assert killed.run(job.undisturbed(), again, killed.latest(died)) == 0, f"{job}: {(again / 'output.txt').read_text()}"
         return died, again
 
 

@@ -23,6 +23,7 @@ from lightning_quant.backends.swapping import KEPT_WHOLE
 from lightning_quant.backends.tracing import LAYER
 from lightning_quant.capture import Capture, detached, find_targets, record_calls
 from lightning_quant.config import SWAPPING, Method, ObserverName, QuantConfig, check_method, resolve
+from lightning_quant.devices import CPU, device_of, on_cpu
 from lightning_quant.errors import CaptureError, ConfigError
 from lightning_quant.layers import check_bits, check_int8, left_float, nearest, relative
 from lightning_quant.placement import imitate, uncompile
@@ -77,10 +78,12 @@ def prepare(model: nn.Module, config: QuantConfig | None = None, *, method: Meth
 
     Returns:
         A graph that takes the data among the arguments, by position or name, if the forward of ``model`` can be
-        captured; else a copy of ``model`` in which the largest submodules that can be captured are graphs.
+        captured; else a copy of ``model`` in which the largest submodules that can be captured are graphs. It is on
+        the device of ``model``.
 
     Raises:
-        ConfigError: The backend cannot do ``method``, or a pattern of the config matches nothing.
+        ConfigError: The backend cannot do ``method``, a pattern of the config matches nothing, or ``model`` is on
+            several devices.
         CaptureError: Nothing that can be quantized was found.
 
     >>> import torch
@@ -90,18 +93,22 @@ def prepare(model: nn.Module, config: QuantConfig | None = None, *, method: Meth
     """
     config = config or QuantConfig()
     check_method(config, method)
+    device = device_of(model)
     call = as_call(example_inputs)
     watched = Watched()
-    recordings = record_calls(model, lambda twin: watched.run(twin, call.args, call.keywords))
-    capture = capture_targets(model, recordings, config, method)
-    memo: dict[int, Any] = {id(p): p for p in model.parameters()} if method == "qat" else {}
-    twin = copy.deepcopy(model, memo)
-    twin.train(method == "qat")
-    uncompile(twin)
-    graphs = {target.name: prepare_target(model, capture, target.name, config, method) for target in capture.targets}
-    prepared = assemble(twin, graphs, {name: info(graph) for name, graph in graphs.items()})
-    remember(prepared, watched.of(model, trained=method == "qat"))
-    return prepared
+    with on_cpu(model):
+        recordings = record_calls(model, lambda twin: watched.run(twin, call.args, call.keywords))
+        capture = capture_targets(model, recordings, config, method)
+        memo: dict[int, Any] = {id(p): p for p in model.parameters()} if method == "qat" else {}
+        twin = copy.deepcopy(model, memo)
+        twin.train(method == "qat")
+        uncompile(twin)
+        graphs = {
+            target.name: prepare_target(model, capture, target.name, config, method) for target in capture.targets
+        }
+        prepared = assemble(twin, graphs, {name: info(graph) for name, graph in graphs.items()})
+        remember(prepared, watched.of(model, trained=method == "qat"))
+    return prepared if device == CPU else prepared.to(device)
 
 
 def inner_first(names: Iterable[str]) -> list[str]:
@@ -152,29 +159,31 @@ def capture_targets(
             raise CaptureError(f"{keep} is to be kept whole, and backend {config.backend!r} captures all that is in it")
         return backend.check(module, call, method, replace(trial, layers=inside))
 
-    found = find_targets(
-        model,
-        recordings,
-        check,
-        method=method,
-        targets=config.targets,
-        left=left_float(config, model),
-        whole=whole,
-        prefer_children=prefer_children,
-    )
+    with on_cpu(model):
+        found = find_targets(
+            model,
+            recordings,
+            check,
+            method=method,
+            targets=config.targets,
+            left=left_float(config, model),
+            whole=whole,
+            prefer_children=prefer_children,
+        )
     check_int8(config, found.float_layers, model, method)
     check_bits(config, model)
     return replace(found, layers=layers)
 
 
 def prepare_target(model: nn.Module, capture: Capture, name: str, config: QuantConfig, method: Method) -> Any:
-    """The prepared graph of one target of ``model``."""
+    """The prepared graph of one target of ``model``: on the CPU, but for the Parameters that it shares with it."""
     target = next(t for t in capture.targets if t.name == name)
     own = replace(
         config, targets=(), skip=capture.relative_skips(target), layers=relative(capture.layers, target.name, LAYER)
     )
     module = model.get_submodule(name) if name else model  # a ScriptModule has no get_submodule
-    prepared = backend_of(config).prepare(module, own, method, target.call, between=target.between)
+    with on_cpu(module):
+        prepared = backend_of(config).prepare(module, own, method, target.call, between=target.between)
     inside = {f"{name}.{layer}" if name else layer: why for layer, why in info(prepared).float_layers.items()}
     check_int8(config, inside, model, method)
     return named(prepared, name)
