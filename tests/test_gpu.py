@@ -34,8 +34,8 @@ from lightning_quant.fake_quantize import FakeQuantize
 from lightning_quant.learned_scale import LearnedFakeQuantize
 from lightning_quant.observers import HistogramObserver
 
-GPU = "cpu"
-#pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="unavoidable: needs a GPU")
+GPU = "cuda"
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="unavoidable: needs a GPU")
 
 SCHEMES = [
     torch.per_tensor_affine,
@@ -195,7 +195,7 @@ def test_a_trained_graph_has_the_parameters_of_the_module(backend: Any) -> None:
 
 def test_a_module_on_the_gpu_before_there_is_a_trainer() -> None:
     callback, model = qat(), Classifier(convnet()).to(GPU)
-    trainer(callback, accelerator="cpu").fit(model, Digits())
+    trainer(callback, accelerator="gpu").fit(model, Digits())
     assert callback.report.coverage == 1
     callback, model = ptq(), model.to(GPU)
     trainer(callback, accelerator="cpu").validate(model, Digits(), verbose=False)
@@ -242,7 +242,7 @@ def test_training(backend: Any, kind: Any) -> None:
     callback = QuantizationAwareTraining(config, export=ExportConfig(formats=formats))
     torch.manual_seed(11)
     model = Classifier(convnet())
-    runner = trainer(callback, accelerator="cpu", max_epochs=3)
+    runner = trainer(callback, accelerator="gpu", max_epochs=3)
     runner.fit(model, Digits())
     report = callback.report
     assert report.metrics_float["val_acc"] > 0.5
@@ -260,7 +260,7 @@ def test_quantizing(method: Any, started_by: str) -> None:
     callback = ptq(method=method)
     torch.manual_seed(11)
     model = Classifier(convnet())
-    runner = trainer(callback, accelerator="cpu")
+    runner = trainer(callback, accelerator="gpu")
     if started_by == "fit":
         runner.fit(model, Digits())
     else:
@@ -279,7 +279,7 @@ def test_quantizing_with_bounds_and_corrections() -> None:
         config, max_drop=0.05, monitor="val_acc", mode="max", export=ExportConfig(formats=("torchscript",))
     )
     torch.manual_seed(11)
-    runner = trainer(callback, accelerator="cpu", max_epochs=2)
+    runner = trainer(callback, accelerator="gpu", max_epochs=2)
     model = Classifier(convnet())
     runner.fit(model, Digits())
     assert callback.report.metrics_int8["val_acc"] >= callback.report.metrics_float["val_acc"] - 0.05
@@ -322,7 +322,7 @@ def test_with_a_teacher_frozen_weights_and_averages() -> None:
         distill=Distillation(),
     )
     averages = part("callbacks").EMAWeightAveraging(decay=0.9)
-    runner = trainer(callback, averages, accelerator="cpu", max_epochs=3)
+    runner = trainer(callback, averages, accelerator="gpu", max_epochs=3)
     model = Classifier(convnet())
     runner.fit(model, Digits())
     report = callback.report
@@ -333,7 +333,7 @@ def test_a_group_of_gpus() -> None:
     """One process, whose group is NCCL's: ranges go through it."""
     callback = qat()
     torch.manual_seed(11)
-    runner = trainer(callback, accelerator="cpu", strategy="ddp", max_epochs=2)
+    runner = trainer(callback, accelerator="gpu", strategy="ddp", max_epochs=2)
     model = Classifier(convnet())
     runner.fit(model, Digits())
     assert callback.report.metrics_int8["val_loss"] == pytest.approx(callback.report.metrics_float["val_loss"], rel=0.1)
