@@ -16,6 +16,7 @@ from lightning_quant._torch_ao import quiet
 from lightning_quant.backends import as_call
 from lightning_quant.backends.graph import Correction, info, is_graph, sees_weights, with_info
 from lightning_quant.backends.graph import observers as observers_of
+from lightning_quant.devices import device_of
 from lightning_quant.errors import CaptureError, ConfigError
 
 #: What a graph is given, one tuple for each batch.
@@ -28,23 +29,27 @@ def changed(prepared: nn.Module, batches: Iterable[Any], change: Callable[[fx.Gr
     Args:
         prepared: Not changed.
         batches: Inputs, each a tensor, a tuple of positional or a dict of keyword arguments.
-        change: Given a graph, and what it is given in the batches, on the CPU.
+        change: Given a graph, and what it is given in the batches, both on the CPU.
+
+    Returns:
+        The copy, on the device of ``prepared``.
 
     Raises:
         CaptureError: ``prepared`` does not come from ``prepare``.
-        ConfigError: There is no batch.
+        ConfigError: There is no batch; ``prepared`` is on several devices.
     """
     names = [name for name, module in prepared.named_modules() if is_graph(module)]
     if not names:
         raise CaptureError(f"{type(prepared).__name__} was not made by lightning_quant.prepare: prepare it first.")
     calls = recorded(prepared, names, batches)
-    twin = copy.deepcopy(prepared)
+    device = device_of(prepared)
+    twin = copy.deepcopy(prepared).cpu()
     for name in names:
         if calls[name]:
             graph_module = twin.get_submodule(name)
             assert isinstance(graph_module, fx.GraphModule)  # what a backend prepares is one
             change(graph_module, calls[name])
-    return twin
+    return twin.to(device)
 
 
 def recorded(prepared: nn.Module, names: Iterable[str], batches: Iterable[Any]) -> dict[str, Calls]:
@@ -100,10 +105,9 @@ def begin_again(graph_module: nn.Module) -> None:
 def observe_again(graph_module: nn.Module, calls: Calls) -> None:
     """Take the ranges of activations from ``calls`` alone: the weights in front of them have changed."""
     begin_again(graph_module)
-    device = next((tensor.device for tensor in graph_module.parameters()), torch.device("cpu"))
     with torch.no_grad(), quiet():
         for call in calls:
-            graph_module(*tree_map(lambda x: x.to(device, copy=True) if isinstance(x, torch.Tensor) else x, call))
+            graph_module(*tree_map(_kept, call))
 
 
 def note(graph_module: nn.Module, name: str, changes: int, of: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_map
 
 from lightning_quant.analysis.branching import Runner
 from lightning_quant.analysis.sensitivity import recorded_calls
@@ -20,6 +21,7 @@ from lightning_quant.corrections.layer_by_layer import Pair, layer_by_layer
 from lightning_quant.corrections.learned_rounding import Grid, Layer, learned_rounding
 from lightning_quant.corrections.products import Product, product_of
 from lightning_quant.corrections.recording import note
+from lightning_quant.devices import device_of
 from lightning_quant.errors import ConfigError
 from lightning_quant.progress import SILENT, Advance, Progress
 
@@ -82,11 +84,12 @@ def adaround(
     for name, value in (("iterations", iterations), ("positions", positions)):
         if value < 1:
             raise ConfigError(f"adaround({name}={value!r}): give 1 or more.")
-    changed = copy.deepcopy(prepared).eval()
+    device = device_of(prepared)
+    changed = copy.deepcopy(prepared).cpu().eval()
     graphs = {name: part for name, part in changed.named_modules() if is_graph(part)}
     handles = {name: weighted_layers(graph) for name, graph in graphs.items()}
     simulated = simulate(changed)  # refuses what no backend made
-    data = list(batches)
+    data = tree_map(lambda x: x.cpu() if isinstance(x, torch.Tensor) else x, list(batches))
     if not data:
         raise ConfigError("adaround(batches=...): there is no batch. Give some of the data that it was calibrated on.")
     total = sum(len(layers) for layers in handles.values())
@@ -98,7 +101,7 @@ def adaround(
                 with engine(info(part).config.engine):
                     layer_by_layer(rounding.runner, floats, quantized, rounding.visit)
                 note(graphs[name], "adaround", rounding.rounded, "layers")
-    return changed
+    return changed.to(device)
 
 
 def _calls(simulated: nn.Module, name: str, data: list[Any], quantized: bool) -> list[tuple[Any, ...]]:
