@@ -234,6 +234,20 @@ def test_an_activation_begins_at_its_range_and_the_observer_lets_it_be() -> None
     assert different(before, module.state_dict()) == []
 
 
+@pytest.mark.parametrize("qscheme", [torch.per_tensor_affine, torch.per_tensor_symmetric], ids=str)
+def test_an_activation_of_four_bits_begins_where_lsq_says(qscheme: Any) -> None:
+    low, high = (0, 15) if qscheme == torch.per_tensor_affine else (-7, 7)
+    module, x = activation(low, high, qscheme), torch.randn(64, 32).relu()
+    x[0, 0] = 40  # by the range, 15 steps of 2.7 hardly tell one value from another
+    module(x)
+    torch.testing.assert_close(module.scale.item(), float(2 * x.mean() / (15 if low == 0 else 7) ** 0.5))
+    assert module.zero_point.item() == 0
+    # values that fill the range have it
+    module, flat = activation(low, high, qscheme), torch.full((64, 32), 3.0)
+    module(flat)
+    torch.testing.assert_close(module.scale.item(), 3 / (15 if low == 0 else 7))
+
+
 def test_a_weight_begins_where_lsq_says() -> None:
     module, w = weight(), torch.randn(5, 3, 2)
     module(w)
