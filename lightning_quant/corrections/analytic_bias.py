@@ -1,8 +1,8 @@
 """Bias correction without data: the means that rounded weights are multiplied by come from folded batch norms.
 
 Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction",
-https://arxiv.org/abs/1906.04721, section 4.2.1: with ``e`` the error of a rounded weight, ``E[y_q] = E[y] + e E[x]``
-(equation 16), where ``E[x]`` of each channel is that of a clipped normal distribution (appendix C, see
+https://arxiv.org/abs/1906.04721, section 4.2.1: with ``e`` the error of a rounded weight, ``E[y_q] = E[y] + e E[x]``,
+where ``E[x]`` of each channel is that of a clipped normal distribution (appendix C, see
 :mod:`lightning_quant.corrections.moments`). ``e E[x]``, summed over the taps of a kernel, is taken off the bias.
 """
 

@@ -115,7 +115,7 @@ class _Walk:
         """Keep what is known of a node, and forget what it changes in place: others may read that later."""
         found = self._of(node)
         source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-        if source is not None and _changes(node, self.modules.get(str(node.target))):
+        if source is not None and _changes(node, self._module(node)):
             self.origins[node] = origin = self.origins.get(source, source)
             for other in [x for x in self.found if self.origins.get(x, x) is origin]:
                 del self.found[other]
@@ -124,13 +124,16 @@ class _Walk:
         if found is not None:
             self.found[node] = found
 
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self.modules.get(str(node.target)) if node.op == "call_module" else None
+
     def _of(self, node: fx.Node) -> Moments | None:
         layer = self.flow.layer_of.get(node.name)
         if layer is not None:
             return self._of_layer(node, layer)
         if (sources := self._summed(node)) is not None:
             found = _sum(*(self.found.get(source) for source in sources))
-            module = self.modules.get(str(node.target))
+            module = self._module(node)
             ends_in_relu = isinstance(module, Functional) and module.operation == "add_relu"
             return _clamped(found, _RELU) if ends_in_relu else found
         given = self.found.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
@@ -146,7 +149,7 @@ class _Walk:
             return None
         dimensions = 0 if layer.is_linear else layer.weight.dim() - 2
         found: Moments | None = Moments(normal.mean, normal.deviation.square(), dimensions)
-        module = self.modules.get(str(node.target)) if node.op == "call_module" else None
+        module = self._module(node)
         for part in list(module.children())[1:] if isinstance(module, FusedModule) else []:
             if type(part) is nn.ReLU:
                 found = _clamped(found, _RELU)
@@ -157,7 +160,7 @@ class _Walk:
     def _summed(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         """The two that a node gives the sum of; None: it is no sum of two activations."""
         kind = islands.kind_of(self.flow.graph_module, node) if node.op != "output" else None
-        module = self.modules.get(str(node.target)) if node.op == "call_module" else None
+        module = self._module(node)
         sums = module.operation in ("add", "add_relu") if isinstance(module, Functional) else kind in _SUMS
         if not sums or node.kwargs or len(node.args) != 2:
             return None
@@ -174,7 +177,7 @@ class _Walk:
             return None
         averaged = replace(given, variance=None)
         if step == "average":
-            return None if _divides_by_more(node, self.modules.get(str(node.target))) else averaged
+            return None if _divides_by_more(node, self._module(node)) else averaged
         if step == "flatten":
             return replace(given, dimensions=0, flattened=True)
         if step == "mean" and averages_positions(node, given.dimensions, keeping=True):

@@ -152,7 +152,7 @@ class Paths(nn.Module):
         self.a, self.na = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
         self.b, self.nb = nn.Conv2d(8, 8, 1, groups=2), nn.BatchNorm2d(8, affine=False)
         self.c, self.nc = nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8)
-        self.t, self.nt = nn.ConvTranspose2d(8, 6, 3, stride=2, groups=2), nn.BatchNorm2d(6)
+        self.t, self.nt = nn.ConvTranspose2d(8, 6, 3, stride=2), nn.BatchNorm2d(6)
         self.d, self.nd = nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4)
         self.hidden, self.nh = nn.Linear(4, 16), nn.BatchNorm1d(16)
         self.relu, self.relu6, self.clamp, self.pool = nn.ReLU(inplace=True), nn.ReLU6(), nn.Hardtanh(), nn.AvgPool2d(2)
@@ -456,7 +456,7 @@ class Halves(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = Homogeneous(), nn.Sequential(nn.Flatten(), nn.Linear(4 * 36, 8), nn.Linear(8, 2))
+        self.first, self.second = Homogeneous(), nn.Sequential(nn.Flatten(), nn.Linear(4 * 16, 8), nn.Linear(8, 2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.first(x)
