@@ -49,6 +49,7 @@ SETS: tuple[tuple[CorrectionName, ...], ...] = (
     ("cross_layer_equalization",),
     ("smoothquant",),
     ("choose_ranges",),
+    ("analytic_bias_correction",),
     ("bias_correction",),
     ("smoothquant", "bias_correction"),
     CORRECTED,

@@ -10,6 +10,7 @@ from lightning_quant.callbacks import PostTrainingQuantization, QuantizationAwar
 from lightning_quant.config import ExportConfig, LayerConfig, QuantConfig, TensorSpec
 from lightning_quant.corrections import (
     adaround,
+    analytic_bias_correction,
     bias_correction,
     choose_ranges,
     correct,
@@ -66,6 +67,7 @@ __all__ = [
     "TensorSpec",
     "Trial",
     "adaround",
+    "analytic_bias_correction",
     "bias_correction",
     "choose_ranges",
     "convert",

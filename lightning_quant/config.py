@@ -34,7 +34,14 @@ ObserverName = Literal["auto", "histogram", "percentile", "entropy", "min_max", 
 RoundingName = Literal["auto", "learned", "learned_offset"]
 LayerDtype = Literal["int8", "float"]
 #: In the order in which they are applied.
-CorrectionName = Literal["cross_layer_equalization", "smoothquant", "choose_ranges", "adaround", "bias_correction"]
+CorrectionName = Literal[
+    "cross_layer_equalization",
+    "smoothquant",
+    "choose_ranges",
+    "adaround",
+    "analytic_bias_correction",
+    "bias_correction",
+]
 
 ClassPath = str
 if not TYPE_CHECKING:  # so that a command line refuses what is neither a word of ours nor a path
@@ -278,8 +285,9 @@ class QuantConfig:
         layers: What is different for some layers: other observers or schemes, float, a user's own classes, modules to
             keep whole. An entry that matches nothing is an error.
         corrections: What is corrected after calibration, before the model is converted, each as its paper has it:
-            ``cross_layer_equalization``, ``smoothquant``, ``choose_ranges``, ``adaround``, ``bias_correction``. They
-            are applied in this order, whatever order is given. Of ``method="static"`` alone. Empty: nothing.
+            ``cross_layer_equalization``, ``smoothquant``, ``choose_ranges``, ``adaround``,
+            ``analytic_bias_correction`` (without data) or ``bias_correction``. They are applied in this order, whatever
+            order is given. Of ``method="static"`` alone. Empty: nothing.
         reduce_range: Quantize weights to 7 bits. Needed on x86 CPUs without VNNI, whose int8 multiply-add saturates at
             16 bits. None: decided from this CPU, and written into every file.
         jit: With ``backend="torchscript"``: ``trace`` or ``script`` the model.
@@ -364,6 +372,11 @@ def _ordered(corrections: Any) -> tuple[CorrectionName, ...]:
         _check_choice("QuantConfig", "corrections", name, known)
     if len({*corrections}) != len(tuple(corrections)):
         raise ConfigError(f"QuantConfig(corrections={tuple(corrections)!r}): name each correction once.")
+    if {"analytic_bias_correction", "bias_correction"} <= {*corrections}:
+        raise ConfigError(
+            f"QuantConfig(corrections={tuple(corrections)!r}): analytic_bias_correction and bias_correction would both "
+            "take the same shift off the biases. Use bias_correction where there is data, and leave out the other."
+        )
     return tuple(name for name in known if name in corrections)
 
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_quant.backends.graph import info
 from lightning_quant.config import CorrectionName
-from lightning_quant.corrections import MOVES_RANGES, apply
+from lightning_quant.corrections import MOVES_RANGES, apply, check_changed
 from lightning_quant.corrections.recording import Calls, begin_again
 from lightning_quant.corrections.sending import Changes, changes_of, make
 from lightning_quant.evaluate import ValidationData, at_most, copy_of, evaluate
@@ -59,6 +59,7 @@ def correct(
     rest = tuple(name for name in names if name not in first)
     if rest:
         _make(graphs, calls, rest, data, progress)
+    check_changed(graphs.values())
     return graphs
 
 

@@ -110,12 +110,19 @@ def exactly(text: str) -> str:
         (
             lambda: QuantConfig(corrections=("bias",)),
             "QuantConfig(corrections='bias'): not one of 'cross_layer_equalization', 'smoothquant', 'choose_ranges', "
-            "'adaround', 'bias_correction'. Known: 'adaround', 'bias_correction', 'choose_ranges', "
-            "'cross_layer_equalization', 'smoothquant'.",
+            "'adaround', 'analytic_bias_correction', 'bias_correction'. Known: 'adaround', "
+            "'analytic_bias_correction', 'bias_correction', 'choose_ranges', 'cross_layer_equalization', "
+            "'smoothquant'.",
         ),
         (
             lambda: QuantConfig(corrections=["smoothquant", "smoothquant"]),
             "QuantConfig(corrections=('smoothquant', 'smoothquant')): name each correction once.",
+        ),
+        (
+            lambda: QuantConfig(corrections=("bias_correction", "analytic_bias_correction")),
+            "QuantConfig(corrections=('bias_correction', 'analytic_bias_correction')): analytic_bias_correction and "
+            "bias_correction would both take the same shift off the biases. Use bias_correction where there is data, "
+            "and leave out the other.",
         ),
         (
             lambda: QuantConfig(corrections=("smoothquant",), backend="torchscript"),

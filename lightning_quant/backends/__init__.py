@@ -17,8 +17,9 @@ from torch import fx as torch_fx
 from torch import nn
 
 from lightning_quant.arguments import Call, Captured, Interface
-from lightning_quant.backends.graph import Backend, Feasible, Prepared, info, is_graph, named, put
+from lightning_quant.backends.graph import Backend, Feasible, Prepared, info, is_graph, named, put, with_info
 from lightning_quant.backends.initial import Watched, begin_again, remember
+from lightning_quant.backends.normals import normals_of
 from lightning_quant.backends.swapping import KEPT_WHOLE
 from lightning_quant.backends.tracing import LAYER
 from lightning_quant.capture import Capture, detached, find_targets, record_calls
@@ -184,6 +185,8 @@ def prepare_target(model: nn.Module, capture: Capture, name: str, config: QuantC
     module = model.get_submodule(name) if name else model  # a ScriptModule has no get_submodule
     with on_cpu(module):
         prepared = backend_of(config).prepare(module, own, method, target.call, between=target.between)
+        if method == "static":
+            with_info(prepared, replace(info(prepared), normals=normals_of(module, info(prepared))))
     inside = {f"{name}.{layer}" if name else layer: why for layer, why in info(prepared).float_layers.items()}
     check_int8(config, inside, model, method)
     return named(prepared, name)

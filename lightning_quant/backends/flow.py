@@ -21,8 +21,8 @@ from lightning_quant.backends.weighted import WeightedLayer, weighted_layers
 
 _ATEN = torch.ops.aten
 #: What a node between two layers does to channels: nothing at all; something that lets scales through; something with
-#: the positions of each channel; it puts the positions of a channel beside each other; it averages them.
-Step = Literal["same", "homogeneous", "pool", "flatten", "mean"]
+#: the positions of each channel; an average of some of them; it puts them beside each other; an average of all of them.
+Step = Literal["same", "homogeneous", "pool", "average", "flatten", "mean"]
 
 _SAME: tuple[Any, ...] = (
     QuantStub, DeQuantStub, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, F.dropout, F.dropout2d,
@@ -35,13 +35,15 @@ _HOMOGENEOUS: tuple[Any, ...] = (
     _ATEN.prelu.default,
 )  # fmt: skip
 _POOLS: tuple[Any, ...] = (
-    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d,
-    nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool2d, F.max_pool1d, F.max_pool2d, F.max_pool3d,
-    torch.max_pool1d, torch.max_pool2d, torch.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
-    F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, _ATEN.max_pool1d.default,
-    _ATEN.max_pool2d.default, _ATEN.max_pool3d.default, _ATEN.avg_pool1d.default, _ATEN.avg_pool2d.default,
-    _ATEN.avg_pool3d.default, _ATEN.adaptive_avg_pool1d.default, _ATEN.adaptive_avg_pool2d.default,
-    _ATEN.adaptive_avg_pool3d.default,
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool2d, F.max_pool1d, F.max_pool2d, F.max_pool3d,
+    torch.max_pool1d, torch.max_pool2d, torch.max_pool3d, _ATEN.max_pool1d.default, _ATEN.max_pool2d.default,
+    _ATEN.max_pool3d.default,
+)  # fmt: skip
+_AVERAGES: tuple[Any, ...] = (
+    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+    F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
+    _ATEN.avg_pool1d.default, _ATEN.avg_pool2d.default, _ATEN.avg_pool3d.default, _ATEN.adaptive_avg_pool1d.default,
+    _ATEN.adaptive_avg_pool2d.default, _ATEN.adaptive_avg_pool3d.default,
 )  # fmt: skip
 _FLATTEN: tuple[Any, ...] = (nn.Flatten, torch.flatten, "flatten", _ATEN.flatten.using_ints)
 _MEAN: tuple[Any, ...] = (torch.mean, "mean", _ATEN.mean.dim)
@@ -89,6 +91,8 @@ class Flow:
             return "same"
         if kind in _POOLS:
             return "pool"
+        if kind in _AVERAGES:
+            return "average"
         if kind in _FLATTEN:
             return "flatten" if self._flattens_channels(node) else None
         return "mean" if kind in _MEAN else None  # whose axes depend on what it is given
@@ -141,7 +145,7 @@ class Flow:
                 read_once = self.data_of(user) is node and len(second.nodes) == 1 and second is not first
                 return _joined(first, second, steps) if read_once else None
             step = self.step(user)
-            if step is None or (step == "mean" and not _averages_positions(user, first.weight.dim() - 2)):
+            if step is None or (step == "mean" and not averages_positions(user, first.weight.dim() - 2)):
                 return None
             steps.append(step)
             node = user
@@ -167,10 +171,10 @@ def _joined(first: WeightedLayer, second: WeightedLayer, steps: list[Step]) -> P
     return Pair(first, second, positions) if positions == 1 or "flatten" in steps else None
 
 
-def _averages_positions(node: fx.Node, dimensions: int) -> bool:
-    """Whether a mean is over the last ``dimensions`` of ``2 + dimensions``, without keeping them."""
+def averages_positions(node: fx.Node, dimensions: int, *, keeping: bool = False) -> bool:
+    """Whether a mean is over the last ``dimensions`` of ``2 + dimensions``, and leaves them out, or keeps them."""
     axes: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
     keeps = node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False)
     axes = (axes,) if isinstance(axes, int) else axes
-    found = () if keeps or axes is None else {axis % (2 + dimensions) for axis in axes}
+    found = () if keeps is not keeping or axes is None else {axis % (2 + dimensions) for axis in axes}
     return found == {*range(2, 2 + dimensions)}

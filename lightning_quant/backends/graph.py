@@ -43,6 +43,19 @@ class Correction:
 
 
 @dataclass(frozen=True)
+class Normal:
+    """How each channel is distributed that a layer gives, before its activation: as its folded batch norm leaves it.
+
+    Attributes:
+        mean: float64 on the CPU, ``(channels,)``. Not to be changed in place: copies of a graph share it.
+        deviation: As ``mean``, the standard deviation.
+    """
+
+    mean: torch.Tensor
+    deviation: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Prepared:
     """What is known of a prepared or converted graph, kept in ``graph_module.meta``.
 
@@ -60,6 +73,7 @@ class Prepared:
         weight_observers: Observers and fake quantizes of the graph that see weights, where these are not inside the
             layer that has the weight.
         corrected: What was corrected after calibration, in that order.
+        normals: Layer with a weight into which a batch norm was folded, by its name -> how its output is distributed.
     """
 
     config: QuantConfig
@@ -74,6 +88,7 @@ class Prepared:
     swapped: dict[str, str] = field(default_factory=dict)
     weight_observers: frozenset[str] = frozenset()
     corrected: tuple[Correction, ...] = ()
+    normals: dict[str, Normal] = field(default_factory=dict, compare=False)  # tensors have no truth value
 
 
 @dataclass(frozen=True)

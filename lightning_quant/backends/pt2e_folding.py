@@ -166,6 +166,15 @@ def groups_of(layer: fx.Node) -> int:
     return int(groups)
 
 
+def stride_of(layer: fx.Node) -> tuple[int, ...]:
+    """The stride of a convolution, transposed or not, by dimension; of any other layer, nothing."""
+    if layer.target not in (*CONVS, *TRANSPOSED):
+        return ()
+    dimensions = layer.meta["val"].dim() - 2
+    given: Any = layer.args[3] if len(layer.args) > 3 else (1,)
+    return tuple(given) if len(given) == dimensions else tuple(given) * dimensions
+
+
 def by_channel(x: torch.Tensor, weight: torch.Tensor, transposed: bool, groups: int) -> torch.Tensor:
     """``(channels,)`` in a shape that multiplies the outputs' channels of ``weight``."""
     if not transposed:

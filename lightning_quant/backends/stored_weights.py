@@ -29,6 +29,10 @@ class Storage(Protocol):
     """Where a backend has what belongs to one layer."""
 
     @property
+    def graph_module(self) -> fx.GraphModule:
+        """The graph that has the layer."""
+
+    @property
     def can_have_bias(self) -> bool:
         """Whether it has a place for one."""
 

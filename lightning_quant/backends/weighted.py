@@ -12,9 +12,10 @@ import torch
 from torch import fx, nn
 
 from lightning_quant._torch_ao import FusedModule, quiet
-from lightning_quant.backends.graph import info, place_of
+from lightning_quant.backends.graph import Normal, info, place_of
+from lightning_quant.backends.normals import scale_normal
 from lightning_quant.backends.pt2e_folding import CONVS as CONVOLUTIONS
-from lightning_quant.backends.pt2e_folding import LINEAR, TRANSPOSED, constants_of, groups_of, weighted
+from lightning_quant.backends.pt2e_folding import LINEAR, TRANSPOSED, constants_of, groups_of, stride_of, weighted
 from lightning_quant.backends.stored_weights import InGraph, InModule, Storage, eager_qconfig, fx_qconfig, weight_node
 from lightning_quant.errors import ConfigError
 from lightning_quant.observers import FixedRange, is_fixed
@@ -71,6 +72,7 @@ class WeightedLayer:
         groups: Of a convolution.
         transposed: It is a transposed convolution.
         activated: A ReLU is fused with it: what its nodes give is not negative.
+        stride: Of a convolution, by dimension; of any other layer, nothing.
         storage: Where the backend has its tensors.
     """
 
@@ -82,6 +84,7 @@ class WeightedLayer:
     groups: int
     transposed: bool
     activated: bool
+    stride: tuple[int, ...]
     storage: Storage = field(repr=False)
 
     @property
@@ -216,8 +219,18 @@ class WeightedLayer:
             return grouped.transpose(1, 2).reshape(self.weight.shape)
         return grouped[0, :, :, 0].t() if self.output_axis == 1 else grouped.reshape(self.weight.shape)
 
+    @property
+    def normal(self) -> Normal | None:
+        """How its output is distributed before an activation; None: no batch norm was folded into it alone."""
+        return info(self.storage.graph_module).normals.get(self.name)
+
+    def scale_normal(self, factor: torch.Tensor) -> None:
+        """Let :attr:`normal` be that of ``factor`` times its output; for who multiplies weight and bias himself."""
+        scale_normal(self.storage.graph_module, self.name, factor)
+
     def scale_outputs(self, factor: torch.Tensor) -> None:
         """Multiply what the layer gives before an activation, bias included: ``factor`` is ``(output channels,)``."""
+        self.scale_normal(factor)
         grouped = self.grouped()
         self.set_weight(self.ungrouped(grouped * factor.to(grouped).reshape(self.groups, -1, 1, 1)))
         if self.bias is not None:
@@ -285,6 +298,7 @@ def _modules(graph_module: fx.GraphModule) -> list[WeightedLayer]:
                 groups=getattr(layer, "groups", 1),
                 transposed=transposed,
                 activated=isinstance(module, FusedModule) and any(isinstance(part, nn.ReLU) for part in module),
+                stride=tuple(getattr(layer, "stride", ())),
                 storage=InModule(graph_module, name, *how),
             )
         )
@@ -320,5 +334,6 @@ def _operator(graph_module: fx.GraphModule, nodes: tuple[fx.Node, ...]) -> Weigh
         groups=groups_of(first),
         transposed=transposed,
         activated=False,
+        stride=stride_of(first),
         storage=InGraph(graph_module, nodes),
     )

@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_quant.backends.graph import info, is_graph
 from lightning_quant.config import CorrectionName
+from lightning_quant.corrections.analytic_bias import analytic_bias_correction, check_changed, correct_known
 from lightning_quant.corrections.bias import bias_correction
 from lightning_quant.corrections.equalization import cross_layer_equalization
 from lightning_quant.corrections.ranges import choose_ranges
@@ -26,8 +27,10 @@ __all__ = [
     "CORRECTIONS",
     "MOVES_RANGES",
     "adaround",
+    "analytic_bias_correction",
     "apply",
     "bias_correction",
+    "check_changed",
     "choose_ranges",
     "correct",
     "cross_layer_equalization",
@@ -44,6 +47,7 @@ CORRECTIONS: Mapping[CorrectionName, Correction] = MappingProxyType(
         "smoothquant": smoothquant,
         "choose_ranges": choose_ranges,
         "adaround": adaround,
+        "analytic_bias_correction": correct_known,
         "bias_correction": bias_correction,
     }
 )
@@ -85,7 +89,9 @@ def correct(prepared: nn.Module, batches: Iterable[Any]) -> nn.Module:
     if info(graphs[0]).corrected:
         done = ", ".join(one.name for one in info(graphs[0]).corrected)
         raise ConfigError(f"correct(prepared): it was corrected already ({done}). Give what prepare gave.")
-    return apply(prepared, list(batches), names)
+    corrected = apply(prepared, list(batches), names)
+    check_changed(module for module in corrected.modules() if is_graph(module))
+    return corrected
 
 
 def apply(prepared: nn.Module, batches: list[Any], names: Iterable[CorrectionName]) -> nn.Module:

@@ -19,7 +19,7 @@ from lightning_quant.analysis.simulation import simulate_graph, simulation, swit
 from lightning_quant.analysis.switches import SwitchedLayer
 from lightning_quant.backends.graph import engine, info
 from lightning_quant.backends.weighted import WeightedLayer, weighted_layers
-from lightning_quant.corrections.recording import Calls, changed, note
+from lightning_quant.corrections.recording import Calls, changed, note, refuse_twice
 
 
 def bias_correction(prepared: nn.Module, batches: Iterable[Any]) -> nn.Module:
@@ -37,13 +37,14 @@ def bias_correction(prepared: nn.Module, batches: Iterable[Any]) -> nn.Module:
     Raises:
         CaptureError: ``prepared`` does not come from ``prepare``.
         CalibrationError: An observer saw no data.
-        ConfigError: There is no batch; the method or the backend is another one.
+        ConfigError: There is no batch; biases were corrected before; the method or the backend is another one.
     """
     return changed(prepared, batches, correct_biases)
 
 
 def correct_biases(graph_module: fx.GraphModule, calls: Calls) -> None:
     """Change the biases of one graph."""
+    refuse_twice(graph_module, "bias_correction")
     layers = weighted_layers(graph_module)
     by_node = {name: layer for layer in layers for name in layer.nodes}
     by_name = {layer.name: layer for layer in layers}

@@ -92,6 +92,8 @@ def ranges_of_inputs(grouped: torch.Tensor) -> torch.Tensor:
 def _store(pairs: Sequence[Pair], weights: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> None:
     layers: dict[str, WeightedLayer] = {x.key: x for pair in pairs for x in (pair.first, pair.second)}
     for key, layer in layers.items():
+        if key in outputs:
+            layer.scale_normal(outputs[key])
         layer.set_weight(layer.ungrouped(weights[key]))
         if layer.bias is not None and key in outputs:
             layer.set_bias(layer.bias.double().cpu() * outputs[key])

@@ -19,6 +19,8 @@ from lightning_quant.backends.graph import observers as observers_of
 from lightning_quant.devices import device_of
 from lightning_quant.errors import CaptureError, ConfigError
 
+#: Corrections that take the shift that rounding the weights makes off the biases.
+OF_BIASES = ("analytic_bias_correction", "bias_correction")
 #: What a graph is given, one tuple for each batch.
 Calls = list[tuple[Any, ...]]
 
@@ -38,9 +40,7 @@ def changed(prepared: nn.Module, batches: Iterable[Any], change: Callable[[fx.Gr
         CaptureError: ``prepared`` does not come from ``prepare``.
         ConfigError: There is no batch; ``prepared`` is on several devices.
     """
-    names = [name for name, module in prepared.named_modules() if is_graph(module)]
-    if not names:
-        raise CaptureError(f"{type(prepared).__name__} was not made by lightning_quant.prepare: prepare it first.")
+    names = graphs_of(prepared)
     calls = recorded(prepared, names, batches)
     device = device_of(prepared)
     twin = copy.deepcopy(prepared).cpu()
@@ -50,6 +50,35 @@ def changed(prepared: nn.Module, batches: Iterable[Any], change: Callable[[fx.Gr
             assert isinstance(graph_module, fx.GraphModule)  # what a backend prepares is one
             change(graph_module, calls[name])
     return twin.to(device)
+
+
+def changed_without_data(prepared: nn.Module, change: Callable[[fx.GraphModule], None]) -> nn.Module:
+    """As :func:`changed`, for what needs no inputs.
+
+    Raises:
+        CaptureError: ``prepared`` does not come from ``prepare``.
+        ConfigError: ``prepared`` is on several devices.
+    """
+    names = graphs_of(prepared)
+    device = device_of(prepared)
+    twin = copy.deepcopy(prepared).cpu()
+    for name in names:
+        graph_module = twin.get_submodule(name)
+        assert isinstance(graph_module, fx.GraphModule)
+        change(graph_module)
+    return twin.to(device)
+
+
+def graphs_of(prepared: nn.Module) -> list[str]:
+    """The names of the graphs in what :func:`lightning_quant.prepare` gave, one at the least.
+
+    Raises:
+        CaptureError: ``prepared`` does not come from ``prepare``.
+    """
+    names = [name for name, module in prepared.named_modules() if is_graph(module)]
+    if not names:
+        raise CaptureError(f"{type(prepared).__name__} was not made by lightning_quant.prepare: prepare it first.")
+    return names
 
 
 def recorded(prepared: nn.Module, names: Iterable[str], batches: Iterable[Any]) -> dict[str, Calls]:
@@ -108,6 +137,20 @@ def observe_again(graph_module: nn.Module, calls: Calls) -> None:
     with torch.no_grad(), quiet():
         for call in calls:
             graph_module(*tree_map(_kept, call))
+
+
+def refuse_twice(graph_module: nn.Module, name: str) -> None:
+    """Refuse to correct biases by the shift of rounded weights where one correction took it off already.
+
+    Raises:
+        ConfigError: One did.
+    """
+    done = next((one.name for one in info(graph_module).corrected if one.name in OF_BIASES), None)
+    if done is not None:
+        raise ConfigError(
+            f"{name}: {done} took the shift that rounding makes off the biases already, and it would be taken off "
+            "twice. Give what was not corrected so."
+        )
 
 
 def note(graph_module: nn.Module, name: str, changes: int, of: str) -> None:

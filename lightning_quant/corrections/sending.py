@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from lightning_quant import observers
-from lightning_quant.backends.graph import Correction, info, with_info
+from lightning_quant.backends.graph import Correction, Normal, info, with_info
 from lightning_quant.backends.graph import observers as observers_of
 from lightning_quant.backends.norms import norms
 from lightning_quant.backends.weighted import weighted_layers
@@ -23,12 +23,14 @@ class Changes:
         layers: Key of a layer -> weight, bias, and the scale that its weight is fixed to.
         norms: Node of a normalization -> its vectors.
         searches: Observer of an activation that counts -> how its range is searched, and the percentile.
+        normals: What is known of the outputs of layers, which are scaled.
         corrected: What was noted.
     """
 
     layers: dict[str, tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]
     norms: dict[str, tuple[torch.Tensor, ...]]
     searches: dict[str, tuple[str, float]]
+    normals: dict[str, Normal]
     corrected: tuple[Correction, ...]
 
 
@@ -45,6 +47,7 @@ def changes_of(graph_module: nn.Module) -> Changes:
         layers=layers,
         norms={norm.node: tuple(x.cpu().clone() for x in norm.vectors()) for norm in norms(graph_module)},
         searches={name: (x.search, x.percentile) for name, x in _counting(graph_module).items()},
+        normals=info(graph_module).normals,
         corrected=info(graph_module).corrected,
     )
 
@@ -64,7 +67,7 @@ def make(graph_module: nn.Module, changes: Changes) -> None:
         norm.set_vectors(changes.norms[norm.node])
     for name, observer in _counting(graph_module).items():
         observer.search, observer.percentile = changes.searches[name]
-    with_info(graph_module, replace(info(graph_module), corrected=changes.corrected))
+    with_info(graph_module, replace(info(graph_module), normals=changes.normals, corrected=changes.corrected))
 
 
 def _counting(graph_module: nn.Module) -> dict[str, Any]:
