@@ -88,6 +88,10 @@ def to_model(
     return model
 
 
+#: They move values of one scale, and ONNX Runtime moves the integers instead.
+_RESHAPING = ("Reshape", "Flatten", "Squeeze")
+
+
 def _store_biases_as_integers(model: Any) -> None:
     """Give each ``Gemm`` that writes floats its bias in the integers of its sums, as int32 with the product of scales.
 
@@ -102,6 +106,8 @@ def _store_biases_as_integers(model: Any) -> None:
 
     def scale_of(name: str) -> Any:
         source = made_by.get(name)
+        while source is not None and source.op_type in _RESHAPING:
+            source = made_by.get(source.input[0])
         if source is None or source.op_type != "DequantizeLinear" or source.input[1] not in stored:
             return None
         return numpy_helper.to_array(stored[source.input[1]]).astype(np.float64)
