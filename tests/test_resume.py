@@ -66,7 +66,9 @@ class Runs:
         died, again = (self.folder / f"death {self.deaths}" / name for name in ("died", "again"))
         assert killed.run(job, died) == EXIT_CODES[job.way], f"{job}: {(died / 'output.txt').read_text()}"
         assert not (died / "end.ckpt").exists()
-        assert killed.run(job.undisturbed(), again, killed.latest(died)) == 0, f"{job}: {(again / 'output.txt').read_text()}"
+        assert killed.run(job.undisturbed(), again, killed.latest(died)) == 0, (
+            f"{job}: {(again / 'output.txt').read_text()}"
+        )
         return died, again
 
 

@@ -214,19 +214,35 @@ def test_the_onnx_file_tells_nothing_of_the_machine(convnet: Exported) -> None:
         assert text.encode() not in content
 
 
-def test_onnx_runtime_fuses_every_layer_into_an_int8_kernel(convnet: Exported, tmp_path: Path) -> None:
+def kernels_of_onnx_runtime(path: Path, folder: Path) -> collections.Counter[str]:
+    """Operator that ONNX Runtime runs -> how often."""
     onnx_package = pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
     options.log_severity_level = 3
-    onnxruntime.InferenceSession(str(convnet.paths["onnx"]), options, providers=["CPUExecutionProvider"])
-    counts = collections.Counter(node.op_type for node in onnx_package.load(tmp_path / "optimized.onnx").graph.node)
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return collections.Counter(node.op_type for node in onnx_package.load(folder / "optimized.onnx").graph.node)
+
+
+def test_onnx_runtime_fuses_every_layer_into_an_int8_kernel(convnet: Exported, tmp_path: Path) -> None:
+    counts = kernels_of_onnx_runtime(convnet.paths["onnx"], tmp_path)
     assert counts["QLinearConv"] == 5
     assert counts["QGemm"] + counts["QLinearMatMul"] == 1
     assert counts["QLinearAdd"] == 2
     assert not counts.keys() & {"Conv", "Gemm", "MatMul", "Add", "BatchNormalization"}, counts
+
+
+def test_a_layer_that_writes_floats_is_an_int8_kernel_of_onnx_runtime(tmp_path: Path) -> None:
+    """Also behind a flattening, through which its input comes."""
+    head = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    x = torch.randn(4, 3, 8, 8)
+    prepared = calibrated(head, x, config=QuantConfig(backend="pt2e"))
+    paths = export(prepared, None, ExportConfig(directory=tmp_path, formats=("onnx",)), x)
+    counts = kernels_of_onnx_runtime(paths["onnx"], tmp_path)
+    assert counts["QGemm"] == 1
+    assert not counts.keys() & {"Gemm", "MatMul"}, counts
 
 
 def test_weights_are_stored_in_int8(tmp_path: Path) -> None:
