@@ -105,7 +105,8 @@ class InModule:
         if qconfig is None:
             return None
         with quiet(), torch.no_grad():
-            observer = qconfig.weight()
+            # torch.ao makes it where the first module was that this one is a copy of
+            observer = qconfig.weight().to(self.weight().device)
             observer(self.weight())
         return observer
 
