@@ -14,6 +14,7 @@ from torch import fx, nn
 from lightning_quant._torch_ao import FusedModule, QConfig, is_observer, quantized_modules, reference_modules
 from lightning_quant.backends import islands
 from lightning_quant.config import QuantConfig
+from lightning_quant.structures import plain
 
 #: Those whose packed weights are FBGEMM's, which has the kernel.
 _ENGINES = ("x86", "fbgemm")
@@ -57,10 +58,11 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _is_returned(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    def goes_on(user: fx.Node) -> bool:
+        return user.target is plain or _observes(graph_module, user) or islands.moves(graph_module, user)
+
     return bool(node.users) and all(
-        user.op == "output"
-        or ((_observes(graph_module, user) or islands.moves(graph_module, user)) and _is_returned(graph_module, user))
-        for user in node.users
+        user.op == "output" or (goes_on(user) and _is_returned(graph_module, user)) for user in node.users
     )
 
 

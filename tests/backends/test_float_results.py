@@ -66,7 +66,7 @@ def test_logits_are_the_exact_product_of_integers(backend: Any, method: Any) -> 
         (lambda self, x: self.last(self.first(x)), ["last"]),
         (lambda self, x: self.last(self.first(x)).reshape(-1, 2, 2), ["last"]),
         (lambda self, x: {"logits": self.last(y := self.first(x)), "features": y}, ["last"]),
-        (lambda self, x: (self.last(self.first(x)), self.first(x)), ["last"]),  # first is called twice
+        (lambda self, x: (self.last(self.first(x)), self.first(x)), ["last", "first_call1"]),
         (lambda self, x: F.softmax(self.last(self.first(x)), -1), []),
         (lambda self, x: F.relu(self.last(F.relu(self.first(x)))), []),
     ],
@@ -111,13 +111,3 @@ def test_files_have_the_same(backend: Any, method: Any, tmp_path: Path) -> None:
             found = load(path)(images)
             assert decibels(expected, found) > (100 if name == "torchscript" else 35)
             assert len(torch.unique(found)) > 500  # of 640
-
-
-def test_an_integer_step_more_than_the_range_shows() -> None:
-    """The range of what is returned is nobody's: a value beyond all that was calibrated is not clipped."""
-    model, x = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1)).eval(), torch.rand(64, 2)
-    with torch.no_grad():
-        for part in model.parameters():
-            part.fill_(0.5)
-    int8 = convert(calibrated(model, x, config=QuantConfig(engine="x86")))
-    assert float(int8(torch.ones(1, 2))) == pytest.approx(float(model(torch.ones(1, 2))), rel=0.02)
