@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from lightning_quant._torch_ao import FusedModule, attach_node_meta
 from lightning_quant.arguments import Call
-from lightning_quant.backends import embeddings, few_bits, islands
+from lightning_quant.backends import embeddings, few_bits, float_results, islands
 from lightning_quant.backends.beginning import (
     Begun,
     batch_norms_inside,
@@ -166,6 +166,7 @@ def _place(
     anywhere = layer_qconfig(config, method, nn.Linear)
     qconfigs: QConfigs = {}
     settings = own_settings(begun)
+    returned = float_results.returned(graph_module) if float_results.has_kernel(config) else ()
     for node in graph_module.graph.nodes:
         if node.op != "call_module":
             continue
@@ -174,7 +175,8 @@ def _place(
         if isinstance(module, RNNS) and not is_inside(node, scopes, out):
             qconfigs[name] = layer_qconfig(settings.get(name, config), method, type(module))
         elif node in int8 and islands.is_weighted(type(module)):
-            qconfigs[name] = layer_qconfig(settings.get(name, config), method, type(module))
+            qconfig = layer_qconfig(settings.get(name, config), method, type(module))
+            qconfigs[name] = float_results.in_float(qconfig) if node in returned else qconfig
     observe_functions(graph_module, int8, config, method)
     for name in make_modules(graph_module, int8):
         # those of fixed scale are observed in training alone, where rounding has to be learnt

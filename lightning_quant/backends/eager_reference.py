@@ -17,6 +17,7 @@ from lightning_quant._torch_ao import RECURRENT_MODULES, fused_quantized_modules
 from lightning_quant.backends.eager_operators import FIXED, SCALAR, TENSOR, TENSORS, VALUE
 from lightning_quant.backends.eager_stubs import Functional
 from lightning_quant.backends.few_bits import WHOLE
+from lightning_quant.backends.float_results import LinearToFloat
 
 _OPS = torch.ops.quantized_decomposed
 _STORED = {torch.quint8: torch.uint8, torch.qint8: torch.int8}
@@ -31,7 +32,11 @@ _WITH_RELU: dict[Any, Any] = {
     fused_quantized_modules.ConvReLU3d: nn.Conv3d,
 }
 #: Int8 layer -> the float layer that it is without a ReLU.
-_LAYERS: dict[Any, Any] = {**{getattr(quantized_modules, kind.__name__): kind for kind in _PLAIN}, **_WITH_RELU}
+_LAYERS: dict[Any, Any] = {
+    **{getattr(quantized_modules, kind.__name__): kind for kind in _PLAIN},
+    **_WITH_RELU,
+    LinearToFloat: nn.Linear,
+}
 
 _NORMS: dict[Any, tuple[Any, bool]] = {
     quantized_modules.BatchNorm2d: (nn.BatchNorm2d, False),
@@ -146,6 +151,8 @@ class _Writer:
         else:
             return self._copy(node)
         value = self.graph.node_copy(node, lambda n: self.written[n])
+        if kind is LinearToFloat:
+            return value
         if relu:
             value = self.graph.call_function(F.relu, (value,))
         qparams = QParams(float(module.scale), int(module.zero_point), dtype, self.ends.get(name))

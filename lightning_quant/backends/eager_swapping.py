@@ -23,6 +23,7 @@ from lightning_quant._torch_ao import (
     qat_layer_modules,
     quantized_modules,
 )
+from lightning_quant.backends import float_results
 from lightning_quant.backends.beginning import native_patterns
 from lightning_quant.backends.eager_operators import SCALAR
 from lightning_quant.backends.eager_stubs import Functional
@@ -98,8 +99,13 @@ def swap(graph_module: fx.GraphModule, qconfigs: QConfigs, kept: tuple[str, ...]
                 module.__class__ = stock[type(module)]
             elif isinstance(module, Functional) and module.operation in SCALAR:
                 module.functional = quantized_modules.QFunctional()  # no observer, from which torch.ao would make one
+        in_float = [name for name, qconfig in qconfigs.items() if float_results.gives_float(qconfig)]
+        for name in in_float:
+            put(graph_module, f"{name}.activation_post_process", float_results.Unrounded())
         _set_qconfigs(graph_module, qconfigs)
         convert_modules(graph_module, int8_modules(method), inplace=True, convert_custom_config_dict={})
+        for name in in_float:
+            graph_module.get_submodule(name).__class__ = float_results.LinearToFloat
 
 
 @contextmanager

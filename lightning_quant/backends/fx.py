@@ -18,7 +18,7 @@ from lightning_quant._torch_ao import (
     swap_float_functional,
 )
 from lightning_quant.arguments import Call
-from lightning_quant.backends import embeddings, few_bits, islands
+from lightning_quant.backends import embeddings, few_bits, float_results, islands
 from lightning_quant.backends.beginning import (
     Begun,
     batch_norms_inside,
@@ -116,6 +116,8 @@ def _prepare_traced(begun: Begun, method: Method, between: bool) -> fx.GraphModu
         backend_config=backend_config,
     )
     if method != "dynamic":
+        if float_results.has_kernel(config):
+            float_results.leave_results(prepared)
         hide_observers(prepared)
     if training:
         count_sharing(prepared)
@@ -157,6 +159,8 @@ def convert(prepared: fx.GraphModule, kept: dict[str, nn.Module] | None = None) 
         if known.method != "dynamic":
             few_bits.saturate(twin)
         converted = convert_graph(twin, is_reference=False, backend_config=native_patterns(known.method))
+        if known.method != "dynamic" and float_results.has_kernel(known.config):
+            float_results.lower_results(converted)
         embeddings.pack(converted)
     islands.drop_marks(converted)
     return with_info(converted.eval(), known)

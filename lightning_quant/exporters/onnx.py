@@ -89,7 +89,7 @@ def to_model(
 
 
 #: They move values of one scale, and ONNX Runtime moves the integers instead.
-_RESHAPING = ("Reshape", "Flatten", "Squeeze")
+_MOVING = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "MaxPool")
 
 
 def _store_biases_as_integers(model: Any) -> None:
@@ -106,7 +106,7 @@ def _store_biases_as_integers(model: Any) -> None:
 
     def scale_of(name: str) -> Any:
         source = made_by.get(name)
-        while source is not None and source.op_type in _RESHAPING:
+        while source is not None and source.op_type in _MOVING:
             source = made_by.get(source.input[0])
         if source is None or source.op_type != "DequantizeLinear" or source.input[1] not in stored:
             return None

@@ -91,8 +91,8 @@ def test_every_layer_has_its_figures(backend: str, method: str) -> None:
             continue
         assert layer.int8
         assert 25 < layer.alone_db < 60
-        # an error more may by chance undo a part of another
-        assert 20 < layer.sqnr_db < layer.alone_db + 1
+        # an error more may by chance undo a part of another, of the head all that its result is not rounded leaves
+        assert 20 < layer.sqnr_db < layer.alone_db + (3 if name == "head" else 1)
         assert 40 < layer.weight_db < 60
         assert layer.weight.clipped == 0
         assert (layer.reads.clip_high is None) == (method == "dynamic")

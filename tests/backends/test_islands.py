@@ -1,6 +1,7 @@
 """What stands between layers with weights: in int8 where the data is in int8 anyhow, else in float.
 
-Whether an operator ran in int8 is read from the tensors that it gave, not from the graph.
+Whether an operator ran in int8 is read from the tensors that it gave, not from the graph, but for a linear layer at
+the end, whose kernel gives float.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from lightning_quant import QuantConfig, convert, prepare
 from lightning_quant._torch_ao import FakeQuantizeBase, get_native_backend_config
 from lightning_quant.arguments import Call
 from lightning_quant.backends import fx, islands
+from lightning_quant.backends.float_results import LinearToFloat
 from lightning_quant.backends.tracing import trace
 
 IMAGES, ROWS = (4, 4, 8, 8), (16, 8)
@@ -48,7 +50,7 @@ def linears(function: Callable[..., Any], **parts: Any) -> tuple[nn.Module, torc
 
 
 class Watching(torch.fx.Interpreter):
-    """Runs a graph and notes which operators gave int8 and which float, by name."""
+    """Runs a graph and notes which operators ran in int8 and which in float, by name."""
 
     def __init__(self, graph: Any) -> None:
         super().__init__(graph)
@@ -60,12 +62,18 @@ class Watching(torch.fx.Interpreter):
         name = str(n.target) if isinstance(n.target, str) else getattr(n.target, "__name__", str(n.target))
         moves = name in ("dequantize", "quantize_per_tensor")
         if n.op.startswith("call_") and not moves and isinstance(value, torch.Tensor):
-            (self.int8 if value.is_quantized else self.float).append(name)
+            int8 = value.is_quantized or gives_float(self.module, n)
+            (self.int8 if int8 else self.float).append(name)
         return value
 
 
+def gives_float(graph: Any, node: torch.fx.Node) -> bool:
+    """Whether it is an int8 kernel whose result is float."""
+    return node.op == "call_module" and isinstance(graph.get_submodule(node.target), LinearToFloat)
+
+
 def ran(graph: Any, x: torch.Tensor) -> tuple[list[str], list[str]]:
-    """The operators that gave int8, and those that gave float, in the order in which they ran."""
+    """The operators that ran in int8, and those that ran in float, in the order in which they ran."""
     watching = Watching(graph)
     with torch.no_grad():
         watching.run(x)
@@ -74,8 +82,10 @@ def ran(graph: Any, x: torch.Tensor) -> tuple[list[str], list[str]]:
 
 def boundaries(graph: Any) -> tuple[int, int]:
     """How often a graph goes to int8, and how often back."""
-    targets = [node.target for node in graph.graph.nodes]
-    return targets.count(torch.quantize_per_tensor), targets.count("dequantize")
+    nodes = list(graph.graph.nodes)
+    targets = [node.target for node in nodes]
+    back = targets.count("dequantize") + sum(gives_float(graph, node) for node in nodes)
+    return targets.count(torch.quantize_per_tensor), back
 
 
 def outputs(value: Any) -> tuple[torch.Tensor, ...]:

@@ -262,7 +262,7 @@ def largest_weights(int8: nn.Module) -> dict[str, int]:
     return {
         name: int(module.weight().int_repr().abs().max())
         for name, module in int8.named_modules()
-        if "quantized" in type(module).__module__ and hasattr(module, "weight")
+        if any("quantized" in kind.__module__ for kind in type(module).__mro__) and hasattr(module, "weight")
     }
 
 

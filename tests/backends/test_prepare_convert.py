@@ -69,7 +69,7 @@ def test_a_model_in_parts_keeps_its_own_forward(method: Method) -> None:
 
 
 def test_convert_of_a_model_in_parts_asks_for_calibration() -> None:
-    with pytest.raises(CalibrationError, match=r"^3 observers saw no data"):
+    with pytest.raises(CalibrationError, match=r"^2 observers saw no data"):
         convert(in_parts()[1])
 
 

@@ -39,8 +39,8 @@ class Functional(nn.Module):
 
 
 def operators(graph: nn.Module) -> set[str]:
-    """What a converted graph runs: names of modules' types and of functions."""
-    found = {type(m).__module__ for m in graph.children()}
+    """What a converted graph runs: where modules' types and their bases are defined, and functions."""
+    found = {kind.__module__ for m in graph.children() for kind in type(m).__mro__}
     return found | {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from lightning_quant.backends.float_results import LinearToFloat
+
 
 class Small(nn.Module):
     """Takes ``(N, 2, 6, 6)``, gives ``(N, 3)``."""
@@ -72,7 +74,7 @@ def run(net: Integers, x: np.ndarray) -> np.ndarray:
     return (_round(out, net.fc.scale, net.fc.zero_point) - net.fc.zero_point) * net.fc.scale
 
 
-def _layer(weight: torch.Tensor, bias: torch.Tensor, scale: float, zero_point: int) -> Layer:
+def _layer(weight: torch.Tensor, bias: torch.Tensor, scale: float | None, zero_point: int) -> Layer:
     per_channel = weight.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)
     scales = weight.q_per_channel_scales() if per_channel else torch.full((len(weight),), weight.q_scale())
     # the neutral form stores scales in float32
@@ -80,15 +82,17 @@ def _layer(weight: torch.Tensor, bias: torch.Tensor, scale: float, zero_point: i
         weight.int_repr().numpy().astype(np.int64),
         scales.numpy().astype(np.float64),
         bias.detach().numpy().astype(np.float64),
-        float(scale),
-        int(zero_point),
+        None if scale is None else float(scale),
+        None if scale is None else int(zero_point),
     )
 
 
 def of_modules(converted: nn.Module) -> Integers:
     """Of a model whose layers are torch.ao's int8 modules (FX graph mode, eager mode)."""
     layers = [m for m in converted.modules() if callable(getattr(m, "weight", None)) and hasattr(m, "zero_point")]
-    conv, fc = (_layer(m.weight(), m.bias(), m.scale, m.zero_point) for m in layers)
+    conv, fc = (
+        _layer(m.weight(), m.bias(), None if isinstance(m, LinearToFloat) else m.scale, m.zero_point) for m in layers
+    )
     scale, zero_point = _first_quantize(converted)
     return Integers(scale, zero_point, conv, fc)
 

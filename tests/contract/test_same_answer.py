@@ -46,6 +46,11 @@ def data() -> torch.Tensor:
     return torch.randn(256, 2, 6, 6, generator=torch.Generator().manual_seed(1))
 
 
+def step_of(net: Integers, output: np.ndarray) -> float:
+    """One step of the grid of the output; of one that is float, as much as a step of 8 bits would be."""
+    return float(net.fc.scale or STEP * np.abs(output).max())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_int8_is_exact_integer_arithmetic(backend: str, data: torch.Tensor) -> None:
     int8, prepared = converted(backend, data)
@@ -54,8 +59,11 @@ def test_int8_is_exact_integer_arithmetic(backend: str, data: torch.Tensor) -> N
         found = int8(data).numpy()
     expected = integer_net.run(net, data.numpy())
     # kernels multiply sums by scales in float32: a value within 1e-6 of a half may be rounded to the other side
-    steps = np.abs(found - expected) / (net.fc.scale or STEP * np.abs(expected).max())
-    assert steps.max() < 1.001
+    steps = np.abs(found - expected) / step_of(net, expected)
+    if backend in ("fx", "eager"):  # the step is one of what the last layer reads
+        assert np.abs(found - expected).max() < 1.001 * net.conv.scale * np.abs(net.fc.weight_scale).max() * 127
+    else:
+        assert steps.max() < 1.001
     assert (steps > 0.5).mean() < 0.005
 
 
@@ -65,7 +73,8 @@ def test_all_backends_find_the_same_qparams_and_give_the_same_answer(data: torch
         int8, prepared = converted(backend, data)
         with torch.no_grad():
             found[backend] = integers(backend, int8, prepared), int8(data).numpy()
-    first, output = found["fx"]
+    first, output = found["torchscript"]  # whose output is rounded
+    assert first.fc.scale is not None
     for net, other in found.values():
         for a, b in ((first.conv, net.conv), (first.fc, net.fc)):
             assert np.array_equal(a.weight, b.weight)
@@ -84,6 +93,6 @@ def test_the_reference_can_disagree(data: torch.Tensor) -> None:
     int8, prepared = converted("fx", data)
     net = integers("fx", int8, prepared)
     wrong = Integers(net.input_scale * 1.05, net.input_zero_point, net.conv, net.fc)
-    assert net.fc.scale is not None
-    steps = np.abs(integer_net.run(wrong, data.numpy()) - integer_net.run(net, data.numpy())) / net.fc.scale
+    expected = integer_net.run(net, data.numpy())
+    steps = np.abs(integer_net.run(wrong, data.numpy()) - expected) / step_of(net, expected)
     assert (steps > 0.5).mean() > 0.1

@@ -189,10 +189,8 @@ def test_a_pair_between_a_layer_and_its_activation_is_dropped(
     x = torch.randn(16, 3, 8, 8)
     program = written(Activated(act), x)
     conv = ("conv2d", parting)
-    assert pairs(program) == [
-        ("x", ["conv2d"]), conv, *inside, *behind, ("mean", ["linear"]), ("linear", ["output"])
-    ]  # fmt: skip
-    # ONNX Runtime has no int8 convolution that writes floats, and no int8 linear layer with a bias that does
+    assert pairs(program) == [("x", ["conv2d"]), conv, *inside, *behind, ("mean", ["linear"])]
+    # ONNX Runtime has no int8 convolution that writes floats
     assert pairs(laid_out(program, LAYOUTS["onnx"])) == pairs(program)
     for name in ("openvino", "aoti"):
         assert pairs(laid_out(program, LAYOUTS[name])) == [("x", ["conv2d"]), *behind, ("mean", ["linear"])]
@@ -204,7 +202,7 @@ def test_the_layout_for_openvino_computes_what_its_pairs_say() -> None:
     model, x = Activated(nn.GELU()), torch.randn(32, 3, 8, 8)
     program = written(model, x)
     qparams = [node.args[1:3] for node in program.graph.nodes if node.target is QUANTIZE]
-    assert [source for source, _ in pairs(program)] == ["x", "conv2d", "mean", "linear"]
+    assert [source for source, _ in pairs(program)] == ["x", "conv2d", "mean"]
 
     def rounded(value: torch.Tensor, number: int) -> torch.Tensor:
         return torch.fake_quantize_per_tensor_affine(value, *qparams[number], 0, 255)
@@ -215,19 +213,17 @@ def test_the_layout_for_openvino_computes_what_its_pairs_say() -> None:
             layer.weight.detach(), scale, torch.zeros(len(scale), dtype=torch.int), 0, -127, 127
         )
 
-    def expected(conv_out: int | None, out: int | None) -> torch.Tensor:
+    def expected(conv_out: int | None) -> torch.Tensor:
         y = F.conv2d(rounded(x, 0), weight(model.conv), model.conv.bias)
         y = F.gelu(y if conv_out is None else rounded(y, conv_out))
-        y = F.linear(rounded(y.mean((2, 3)), 2), weight(model.fc), model.fc.bias)
-        return y if out is None else rounded(y, out)
+        return F.linear(rounded(y.mean((2, 3)), 2), weight(model.fc), model.fc.bias)
 
     with torch.no_grad():
-        for name, places in (("pt2", (1, 3)), ("onnx", (1, 3)), ("openvino", (None, None)), ("aoti", (None, None))):
+        for name, place in (("pt2", 1), ("onnx", 1), ("openvino", None), ("aoti", None)):
             # a sum of floats in another order now and then rounds to the next step, of which there are thousands here
-            assert decibels(expected(*places), run(laid_out(program, LAYOUTS[name]), x)) > 60
+            assert decibels(expected(place), run(laid_out(program, LAYOUTS[name]), x)) > 60
         # so that the one is not taken for the other
-        assert decibels(expected(1, None), expected(None, None)) < 57
-        assert decibels(expected(1, 3), expected(1, None)) < 55
+        assert decibels(expected(1), expected(None)) < 57
 
 
 def test_an_activation_in_place_is_one() -> None:
@@ -280,7 +276,7 @@ def test_a_product_with_the_gate_of_another_value_is_a_step_of_integers() -> Non
     program = written(Other(), x)
     product = [("linear", ["mul"]), ("sigmoid", ["mul"]), ("mul", ["linear"])]
     gate = ("linear", ["sigmoid"])
-    assert sorted(pairs(program)) == sorted([("x", ["linear", "linear"]), *product, gate, ("linear", ["output"])])
+    assert sorted(pairs(program)) == sorted([("x", ["linear", "linear"]), *product, gate])
     assert sorted(pairs(laid_out(program, LAYOUTS["openvino"]))) == sorted([("x", ["linear", "linear"]), *product])
     assert pairs(laid_out(program, LAYOUTS["onnx"])) == pairs(program)
 
@@ -290,14 +286,16 @@ def test_a_product_with_the_gate_of_another_value_is_a_step_of_integers() -> Non
 
 @pytest.mark.parametrize("backend", ["fx", "eager"])
 def test_a_pair_at_the_end_is_dropped(backend: str) -> None:
-    program, x = chain(backend)
-    assert pairs(program)[-1] == ("linear", ["output"])
+    x = torch.randn(32, 4, 6, 6)
+    program = written(nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), x, backend)
+    assert pairs(program)[-1][1] == ["output"]
     assert pairs(laid_out(program, LAYOUTS["onnx"])) == pairs(program)
     assert pairs(laid_out(program, LAYOUTS["aoti"])) == pairs(program)[:-1]
     result = laid_out(program, LAYOUTS["openvino"])
-    # half a step of the output, and what float32 adds to it
-    scale = [node.args[1] for node in program.graph.nodes if node.target is QUANTIZE][-1]
-    assert (run(result, x) - run(program, x)).abs().max() <= scale * 0.5001
+    # half a step of the output inside of its range, and what float32 adds to it
+    scale, zero_point = [node.args[1:3] for node in program.graph.nodes if node.target is QUANTIZE][-1]
+    exact = run(result, x).clamp(-zero_point * scale, (255 - zero_point) * scale)
+    assert (exact - run(program, x)).abs().max() <= scale * 0.5001
 
 
 def test_an_output_that_a_layer_reads_as_well_keeps_its_pair() -> None:
@@ -384,8 +382,7 @@ def test_layers_in_float(in_float: set[str]) -> None:
 def test_pairs_stay_where_a_layer_beside_them_is_in_int8(backend: str, in_float: set[str]) -> None:
     program, _ = chain(backend)
     around = list(zip(" abcd", "abcd ", strict=True))  # the layers before and behind each pair
-    if backend == "pt2e":  # which leaves the output in float
-        around = around[:-1]
+    around = around[:-1]  # the output is left in float
     assert len(pairs(program)) == len(around)
     int8 = set("abcd") - in_float
     expected = [pair for pair, (before, behind) in zip(pairs(program), around, strict=True) if {before, behind} & int8]
