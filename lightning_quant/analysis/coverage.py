@@ -263,7 +263,7 @@ def _macs(func: Any, args: tuple[Any, ...], output: Any, weights: set[int]) -> t
     """``(multiply-accumulates, int8, with weights)`` of one product, or None for any other operator."""
     name = func._schema.name
     if name.startswith(("quantized::conv", "quantized::linear")) and not name.endswith(("prepack", "unpack")):
-        packed = next(arg for arg in args if isinstance(arg, torch.ScriptObject))
+        packed: Any = next(arg for arg in args if isinstance(arg, torch.ScriptObject))
         weight = packed.unpack()[0]
         moved = args[0] if "transpose" in name else output
         return moved.numel() * math.prod(weight.shape[1:]), True, True
