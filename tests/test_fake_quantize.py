@@ -319,8 +319,8 @@ def test_an_average_that_began_before_the_ranges_is_an_error(backend: Any) -> No
     count = 9 if backend == "pt2e" else 8
     assert str(caught.value) == (
         f"{count} observers have a range that is NaN (the first: {first}). An average of weights (EMA, SWA) has that "
-        "if it began before they had seen data, because they begin at infinity. Let it begin after the first batch that ran "
-        "quantized; with Lightning's WeightAveraging: by should_update."
+        "if it began before they had seen data, because they begin at infinity. Let it begin after the first batch "
+        "that ran quantized; with Lightning's WeightAveraging: by should_update."
     )
 
 
