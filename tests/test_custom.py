@@ -36,6 +36,7 @@ from lightning_quant import (
     prepare,
 )
 from lightning_quant.backends import reference
+from lightning_quant.backends.float_results import LinearToFloat
 from lightning_quant.config import check_method
 from lightning_quant.exporters.torchscript import freeze
 from lightning_quant.layers import nearest
@@ -59,8 +60,11 @@ def calibrated(model: nn.Module, config: QuantConfig, method: Any = "static") ->
 
 
 def scales(converted: nn.Module) -> dict[str, float]:
+    """Of what is rounded."""
     return {
-        name: float(m.scale) for name, m in converted.named_modules() if isinstance(getattr(m, "scale", None), float)
+        name: float(m.scale)
+        for name, m in converted.named_modules()
+        if isinstance(getattr(m, "scale", None), float) and not isinstance(m, LinearToFloat)
     }
 
 

@@ -33,6 +33,11 @@ class LinearToFloat(quantized_modules.Linear):
     def _get_name(self) -> str:
         return "LinearToFloat"
 
+    def extra_repr(self) -> str:
+        """Without the grid of a result."""
+        weight = self.weight()
+        return f"in_features={weight.shape[1]}, out_features={weight.shape[0]}, qscheme={weight.qscheme()}"
+
 
 def has_kernel(config: QuantConfig) -> bool:
     """Whether the engine of a resolved config can give float."""

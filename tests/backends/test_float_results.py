@@ -58,6 +58,7 @@ def test_logits_are_the_exact_product_of_integers(backend: Any, method: Any) -> 
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-6 * np.abs(expected).max())
     assert len(np.unique(found.numpy())) > 200  # of a grid of 8 bits, which has no more than 256 for 256 values
     assert coverage(int8, x).share == 1
+    assert repr(layer).startswith("LinearToFloat(in_features=16, out_features=4, qscheme=torch.per_channel_affine")
 
 
 @pytest.mark.parametrize(
