@@ -90,8 +90,8 @@ def test_a_generator_alone(kind: str, named: dict[str, Any]) -> None:
     assert watch.targets == {"generator"}
     assert callback.report.targets == ["generator"]
     assert callback.report.float_layers.keys() == {"discriminator.0", "discriminator.2"}
-    # the generator's has the scales of two weights, of the input, and of what each layer gives
-    assert watch.groups == [[4 + (5 if kind == "learned" else 0)], [4]]
+    # the generator's has the scales of two weights, of the input, and of what the first layer gives
+    assert watch.groups == [[4 + (4 if kind == "learned" else 0)], [4]]
     assert optimizers_own(runner) == [4, 4]
     # both were trained, each by its own
     assert len(different(watch.begin, weights(model))) == 8
