@@ -34,6 +34,8 @@ def analytic_bias_correction(prepared: nn.Module, batches: Iterable[Any] = ()) -
     SiLU or a product, that are called more than once, or that have no place for a bias. Zeros around a padded image
     count as what is inside of it.
 
+    Weights that :func:`lightning_quant.adaround` has rounded have no error left, and their layers stay as well.
+
     Args:
         prepared: From :func:`lightning_quant.prepare` for ``static``, by ``fx``, ``eager`` or ``pt2e``. Its observers
             may have seen no data yet. Not changed: the copy has other biases, and biases where there were none.
@@ -68,6 +70,11 @@ def check_changed(graphs: Iterable[nn.Module]) -> None:
     if not changes or any(changes):
         return
     folded = any(info(graph).normals for graph in found)
+    if folded and any(one.name == "adaround" for graph in found for one in info(graph).corrected):
+        raise ConfigError(
+            f"{NAME}: adaround has rounded the weights already, so that no error of them is left, and no bias was "
+            "corrected. Use bias_correction, which measures what roundings of activations do, too."
+        )
     why = (
         "no layer with weights in int8 reads what one with a folded batch norm gives, through what keeps means known"
         if folded
@@ -91,6 +98,8 @@ def correct_biases(graph_module: fx.GraphModule) -> None:
         if mean is None or len(layer.nodes) != 1 or not layer.can_have_bias or layer.quantization is None:
             continue
         shift = _shift(layer, mean)
+        if not bool(shift.any()):  # its weight is rounded already
+            continue
         before = layer.bias
         layer.set_bias(-shift if before is None else before.double() - shift)
         done += 1
