@@ -30,9 +30,9 @@ def analytic_bias_correction(prepared: nn.Module, batches: Iterable[Any] = ()) -
 
     Corrected are layers that read what a layer with a folded batch norm gives: through nothing, a ReLU, ReLU6 or
     Hardtanh, dropouts, averages of positions, flattenings, and sums of two such paths, which are taken for
-    independent. All others stay as they are: those that read the input of the model, that are behind a max pooling, a
-    SiLU or a product, that are called more than once, or that have no place for a bias. Zeros around a padded image
-    count as what is inside of it.
+    independent. All others stay as they are: those that read the input of the model (or of their graph, where the model
+    is several), that are behind a max pooling, a SiLU or a product, that are called more than once, or that have no
+    place for a bias. Zeros around a padded image count as what is inside of it.
 
     Weights that :func:`lightning_quant.adaround` has rounded have no error left, and their layers stay as well.
 
