@@ -377,6 +377,11 @@ def _ordered(corrections: Any) -> tuple[CorrectionName, ...]:
             f"QuantConfig(corrections={tuple(corrections)!r}): analytic_bias_correction and bias_correction would both "
             "take the same shift off the biases. Use bias_correction where there is data, and leave out the other."
         )
+    if {"analytic_bias_correction", "adaround"} <= {*corrections}:
+        raise ConfigError(
+            f"QuantConfig(corrections={tuple(corrections)!r}): adaround leaves weights that are rounded already, in "
+            "which analytic_bias_correction finds no error. Use bias_correction instead of it, or leave out adaround."
+        )
     return tuple(name for name in known if name in corrections)
 
 

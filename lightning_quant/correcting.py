@@ -32,7 +32,13 @@ ROWS = 512
 
 
 def correct(
-    module: Any, graphs: Graphs, data: ValidationData, *, batches: int | None = None, progress: Progress = SILENT
+    module: Any,
+    graphs: Graphs,
+    data: ValidationData,
+    *,
+    batches: int | None = None,
+    progress: Progress = SILENT,
+    may_change_nothing: bool = False,
 ) -> Graphs:
     """The graphs with the corrections of the config that they were prepared with. Of several processes, all call it.
 
@@ -42,6 +48,8 @@ def correct(
         data: The validation batches.
         batches: How many of them were observed, of each process; None: all.
         progress: Where lines show the steps.
+        may_change_nothing: A correction that finds nothing to change is no error: where a search has left layers in
+            float, they may have been all that it was for.
 
     Raises:
         ConfigError: As the corrections raise it.
@@ -59,7 +67,8 @@ def correct(
     rest = tuple(name for name in names if name not in first)
     if rest:
         _make(graphs, calls, rest, data, progress)
-    check_changed(graphs.values())
+    if not may_change_nothing:
+        check_changed(graphs.values())
     return graphs
 
 

@@ -194,7 +194,7 @@ def prepare_with(task: Task, config: QuantConfig) -> tuple[Capture, Graphs]:
     if task.method != "dynamic":
         data = at_most(task.data, task.calibration_batches)
         calibrate(task.module, graphs, data, batches=task.calibration_batches)
-        graphs = correct(task.module, graphs, data, batches=task.calibration_batches)
+        graphs = correct(task.module, graphs, data, batches=task.calibration_batches, may_change_nothing=True)
     return captured, graphs
 
 

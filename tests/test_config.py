@@ -125,6 +125,12 @@ def exactly(text: str) -> str:
             "and leave out the other.",
         ),
         (
+            lambda: QuantConfig(corrections=("adaround", "analytic_bias_correction")),
+            "QuantConfig(corrections=('adaround', 'analytic_bias_correction')): adaround leaves weights that are "
+            "rounded already, in which analytic_bias_correction finds no error. Use bias_correction instead of it, or "
+            "leave out adaround.",
+        ),
+        (
             lambda: QuantConfig(corrections=("smoothquant",), backend="torchscript"),
             "QuantConfig(corrections=('smoothquant',), backend='torchscript'): corrections change layers of a graph, "
             "and TorchScript graph mode has none. Leave them out, or use backend='fx', 'eager' or 'pt2e'.",

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_quant import (
     ConfigError,
     ExportConfig,
+    LayerConfig,
     PostTrainingQuantization,
     QuantConfig,
     QuantReport,
@@ -71,6 +72,33 @@ def test_a_search_corrects_each_of_its_models(trained: Any, tmp_path: Path) -> N
     assert report.search is not None
     assert report.search["is_met"]
     assert report.search["left_float"] == []
+
+
+class Known(nn.Module):
+    """Takes ``(N, 1, 8, 8)``. Of what ``known`` reads, a folded batch norm tells the mean; of the rest nothing does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.known = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)
+        self.head = nn.Linear(8 * 16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.known(torch.relu(self.norm(self.first(x)))))
+        return self.head(torch.flatten(x, 1))
+
+
+def test_a_search_may_leave_nothing_to_correct(tmp_path: Path) -> None:
+    """The only layer that can be corrected without data is the worst one: without it, the correction has no effect."""
+    torch.manual_seed(0)
+    config = QuantConfig(
+        corrections=("analytic_bias_correction",), layers=(LayerConfig(name="net.known", weight=TensorSpec(bits=2)),)
+    )
+    report = run(Known().eval(), tmp_path, config, max_drop=1e-9, monitor="val_loss", mode="min")
+    assert report.search is not None
+    assert "net.known" in report.search["left_float"]
+    assert any("analytic_bias_correction changed 0 of" in note for note in report.notes)
+    with pytest.raises(ConfigError, match="no layer with weights in int8 reads what one with a folded batch norm"):
+        run(Known().eval(), tmp_path / "skipped", replace(config, layers=(), skip=("net.known",)))
 
 
 def test_a_checkpoint(tmp_path: Path) -> None:

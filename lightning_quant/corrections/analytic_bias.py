@@ -30,9 +30,11 @@ def analytic_bias_correction(prepared: nn.Module, batches: Iterable[Any] = ()) -
 
     Corrected are layers that read what a layer with a folded batch norm gives: through nothing, a ReLU, ReLU6 or
     Hardtanh, dropouts, averages of positions, flattenings, and sums of two such paths, which are taken for
-    independent. All others stay as they are: those that read the input of the model, that are behind a max pooling, a
-    SiLU or a product, that are called more than once, or that have no place for a bias. Zeros around a padded image
-    count as what is inside of it.
+    independent. All others stay as they are: those that read the input of the model (or of their graph, where the model
+    is several), that are behind a max pooling, a SiLU or a product, that are called more than once, or that have no
+    place for a bias. Zeros around a padded image count as what is inside of it.
+
+    Weights that :func:`lightning_quant.adaround` has rounded have no error left, and their layers stay as well.
 
     Args:
         prepared: From :func:`lightning_quant.prepare` for ``static``, by ``fx``, ``eager`` or ``pt2e``. Its observers
@@ -68,6 +70,11 @@ def check_changed(graphs: Iterable[nn.Module]) -> None:
     if not changes or any(changes):
         return
     folded = any(info(graph).normals for graph in found)
+    if folded and any(one.name == "adaround" for graph in found for one in info(graph).corrected):
+        raise ConfigError(
+            f"{NAME}: adaround has rounded the weights already, so that no error of them is left, and no bias was "
+            "corrected. Use bias_correction, which measures what roundings of activations do, too."
+        )
     why = (
         "no layer with weights in int8 reads what one with a folded batch norm gives, through what keeps means known"
         if folded
@@ -91,6 +98,8 @@ def correct_biases(graph_module: fx.GraphModule) -> None:
         if mean is None or len(layer.nodes) != 1 or not layer.can_have_bias or layer.quantization is None:
             continue
         shift = _shift(layer, mean)
+        if not bool(shift.any()):  # its weight is rounded already
+            continue
         before = layer.bias
         layer.set_bias(-shift if before is None else before.double() - shift)
         done += 1

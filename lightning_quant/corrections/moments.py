@@ -119,10 +119,19 @@ class _Walk:
             self.origins[node] = origin = self.origins.get(source, source)
             for other in [x for x in self.found if self.origins.get(x, x) is origin]:
                 del self.found[other]
-        elif source is not None and self.flow.step(node) == "same":
+        elif source is not None and self._may_share(node):
             self.origins[node] = self.origins.get(source, source)
         if found is not None:
             self.found[node] = found
+
+    def _may_share(self, node: fx.Node) -> bool:
+        """Whether what a node gives may be the tensor of its first argument, or a view of it."""
+        if node.name in self.flow.layer_of:
+            return False
+        step = self.flow.step(node)
+        if step is None:  # a view has many names: only of what is known to compute a tensor is it known
+            return self._summed(node) is None and clamp_of(node, self.modules) is None
+        return step in ("same", "flatten")
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self.modules.get(str(node.target)) if node.op == "call_module" else None

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from lightning_quant import (
     ConfigError,
     TensorSpec,
+    adaround,
     analytic_bias_correction,
     bias_correction,
     convert,
@@ -25,6 +26,7 @@ from lightning_quant import (
     prepare,
     smoothquant,
 )
+from lightning_quant.backends.flow import Flow
 from lightning_quant.backends.graph import info
 from lightning_quant.backends.normals import scale_normal
 from lightning_quant.backends.weighted import weighted_layers
@@ -317,6 +319,33 @@ def test_what_was_changed_in_place_is_not_known() -> None:
     assert [one.changes for one in info(analytic_bias_correction(prepared)).corrected] == [1]
 
 
+class Views(nn.Module):
+    """Takes ``(N, 3, 8, 8)``: as :class:`InPlace`, through a view of the tensor. ``flat`` reads that view."""
+
+    def __init__(self, view: Any) -> None:
+        super().__init__()
+        self.view = view
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.second, self.flat = nn.Conv2d(4, 2, 1), nn.Linear(256, 2)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.norm(self.conv(x))
+        flat = F.relu_(self.view(x))
+        return self.second(x), self.flat(flat)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("view", "known"), [(lambda x: torch.flatten(x, 1), {"flat"}), (lambda x: x.view(x.shape[0], 256), set())]
+)
+def test_what_was_changed_through_a_view_is_not_known(backend: str, view: Any, known: set[str]) -> None:
+    prepared: Any = observed(randomized(Views(view)), backend, batch(8, 3, 8, 8), weight=FEW)
+    flow = Flow(prepared)
+    sources = {layer.name: flow.data_of(flow.nodes[layer.key]) for layer in flow.layers}
+    found = moments(prepared)
+    assert {name for name, source in sources.items() if source is not None and source.name in found} == known
+
+
 class Shared(nn.Module):
     """Takes ``(N, 3, 8, 8)``: one convolution in front of two batch norms."""
 
@@ -486,6 +515,18 @@ def test_a_shift_is_taken_off_once() -> None:
             analytic_bias_correction(first)
         with pytest.raises(ConfigError, match=f"^bias_correction: {re.escape(text)}$"):
             bias_correction(first, [x])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_that_are_rounded_already_have_no_error(backend: str) -> None:
+    x = batch(8, 3, 8, 8)
+    rounded = adaround(observed(randomized(Homogeneous()), backend, x, weight=TensorSpec(bits=4)), [x], iterations=1)
+    text = (
+        "analytic_bias_correction: adaround has rounded the weights already, so that no error of them is left, and no "
+        "bias was corrected. Use bias_correction, which measures what roundings of activations do, too."
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(text)}$"):
+        analytic_bias_correction(rounded)
 
 
 def test_other_methods_are_refused() -> None:
