@@ -18,7 +18,8 @@ from lightning_quant.backends import reference
 from lightning_quant.backends.float_results import LinearToFloat
 
 BACKENDS = ("fx", "eager")
-METHODS = ("static", "qat")
+#: Trained by eager mode, the result is rounded.
+CASES = (("fx", "static"), ("fx", "qat"), ("eager", "static"))
 ENGINES = torch.backends.quantized.supported_engines
 
 
@@ -38,8 +39,7 @@ def in_float(int8: nn.Module) -> list[str]:
     return [name for name, module in int8.named_modules() if isinstance(module, LinearToFloat)]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "method"), CASES)
 def test_logits_are_the_exact_product_of_integers(backend: Any, method: Any) -> None:
     model, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval(), torch.randn(64, 8)
     int8 = convert(calibrated(model, x, method=method, config=QuantConfig(backend=backend, engine="x86")))
@@ -99,8 +99,13 @@ def test_other_engines_round_what_they_return(backend: Any, engine: Any) -> None
     assert len(torch.unique(int8(x))) <= 256
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("backend", BACKENDS)
+def test_eager_mode_trains_with_a_rounded_result() -> None:
+    model, x = Mlp().eval(), torch.randn(64, 4)
+    int8 = convert(calibrated(model, x, method="qat", config=QuantConfig(backend="eager", engine="x86")))
+    assert in_float(int8) == []
+
+
+@pytest.mark.parametrize(("backend", "method"), CASES)
 def test_files_have_the_same(backend: Any, method: Any, tmp_path: Path) -> None:
     model, images = trained_mobile(1), digits()[0][1000:1064] / 16
     prepared = calibrated(model, images, method=method, config=QuantConfig(backend=backend))
