@@ -94,6 +94,12 @@ class Documented:
         return found
 
 
+def test_nothing_is_described_twice() -> None:
+    found = re.findall(r"^\.\. auto\w+:: (\S+)", "\n".join(p.read_text() for p in sorted(REFERENCE.glob("*.md"))), re.M)
+    assert found
+    assert sorted(found) == sorted(set(found))
+
+
 @pytest.mark.parametrize("name", sorted(public()))
 def test_each_public_name_is_described(name: str) -> None:
     assert Documented(name, public()[name]).problems() == []
