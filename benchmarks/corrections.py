@@ -13,6 +13,7 @@ float network and the same calibration tensors. ``--sets`` compares sets of corr
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import math
 import tempfile
@@ -181,7 +182,7 @@ def contestants(case: Case, folder: Path) -> dict[str, Callable[[], Callable[[to
     own: dict[str, Callable[[], Callable[[torch.Tensor], Any]]] = {}
     for name, corrections in (("ours", ()), ("ours, int8_accurate", CORRECTED)):
         for backend in BACKENDS:
-            own[f"{name}, {backend}"] = lambda b=backend, c=corrections: ours(case, b, c)  # type: ignore[misc]
+            own[f"{name}, {backend}"] = functools.partial(ours, case, backend, corrections)
     return own | {
         "torch FX": lambda: peers.torch_fx(model, data),
         "torchao PT2E": lambda: peers.torchao_pt2e(model, data),

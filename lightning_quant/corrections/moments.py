@@ -174,8 +174,9 @@ class _Walk:
         if not sums or node.kwargs or len(node.args) != 2:
             return None
         a, b = node.args
-        both = isinstance(a, fx.Node) and isinstance(b, fx.Node)
-        return (a, b) if both and a is not b else None  # type: ignore[return-value]
+        if isinstance(a, fx.Node) and isinstance(b, fx.Node) and a is not b:
+            return a, b
+        return None
 
     def _moved(self, node: fx.Node, given: Moments) -> Moments | None:
         """Behind what gives the values that it takes, or averages of them."""
@@ -208,8 +209,8 @@ def _sum(a: Moments | None, b: Moments | None) -> Moments | None:
         return None
     if (a.mean.shape, a.dimensions, a.flattened) != (b.mean.shape, b.dimensions, b.flattened):
         return None
-    unknown = a.variance is None or b.variance is None
-    return replace(a, mean=a.mean + b.mean, variance=None if unknown else a.variance + b.variance)  # type: ignore[operator]
+    variance = None if a.variance is None or b.variance is None else a.variance + b.variance
+    return replace(a, mean=a.mean + b.mean, variance=variance)
 
 
 def _divides_by_more(node: fx.Node, module: Any) -> bool:

@@ -79,7 +79,7 @@ def test_in_float_it_is_the_float_model_and_in_int8_the_reference(backend: str, 
 @pytest.mark.parametrize("method", ["static", "qat", "dynamic"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_layer_has_its_figures(backend: str, method: str) -> None:
-    x = torch.randn(6, 1, 8, 8)
+    x = torch.randn(64, 1, 8, 8)
     layers = found(*made(Residual(), x, method, backend), (x,))
     assert list(layers) == ["conv1", "conv2", "head"]
     assert [layer.kind for layer in layers.values()] == ["Conv2d", "Conv2d", "Linear"]
@@ -91,8 +91,8 @@ def test_every_layer_has_its_figures(backend: str, method: str) -> None:
             continue
         assert layer.int8
         assert 25 < layer.alone_db < 60
-        # an error more may by chance undo a part of another, of the head all that its result is not rounded leaves
-        assert 20 < layer.sqnr_db < layer.alone_db + (3 if name == "head" else 1)
+        # an error more may by chance undo a part of another
+        assert 20 < layer.sqnr_db < layer.alone_db + 1
         assert 40 < layer.weight_db < 60
         assert layer.weight.clipped == 0
         assert (layer.reads.clip_high is None) == (method == "dynamic")
