@@ -713,6 +713,17 @@ def test_own_layers_are_int8_in_one_graph(name: str) -> None:
     assert_near(model, int8, x)
 
 
+@pytest.mark.parametrize("layer", [SamePadding, Standardised])
+def test_own_layers_take_in_their_batch_norm(layer: type[nn.Conv2d]) -> None:
+    own = nn.Sequential(layer(4, 4, 3, stride=2), nn.BatchNorm2d(4))
+    model, x = settled(*between_convolutions(own))
+    prepared = prepared_on(model, x, method="static")
+    assert is_graph(prepared)
+    int8 = convert(prepared)
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in int8.modules())
+    assert_near(model, int8, x)
+
+
 @pytest.mark.parametrize("name", OWN_LAYERS)
 def test_own_layers_are_trained(name: str) -> None:
     model, x = OWN_LAYERS[name]()
