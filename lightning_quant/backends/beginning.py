@@ -55,8 +55,6 @@ def begin(model: nn.Module, config: QuantConfig, method: Method, example: Call) 
     twin = twin_of(model, share=training)
     twin.train(training)
     traced = trace(twin, example, training=training, whole=swapping.whole(config))
-    # layers that were made of functions are born in training, and do not fold with a batch norm in evaluation
-    traced.graph_module.train(training)
     traced = swapping.with_observed(traced, config, training=training)
     skipped = {*config.skip, *(name for name, origin in traced.origins.items() if origin in config.skip)}
     reasons = embeddings.place(traced.graph_module, skipped, training=training)

@@ -62,7 +62,7 @@ def rewrite(
     if not training:
         fold_weights(graph_module)
     _drop_identities(graph_module)
-    origins = _layers_of_functions(graph_module, scopes) | _embeddings_of_functions(graph_module, scopes)
+    origins = _layers_of_functions(graph_module, scopes, training) | _embeddings_of_functions(graph_module, scopes)
     # a module that is kept may carry state: its calls are calls of the one module
     origins |= _separate_calls(graph_module, kept)
     origins |= _hide_batch_norms(graph_module, training)
@@ -173,8 +173,12 @@ def _does_nothing(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     return given.arguments.get("training") is False
 
 
-def _layers_of_functions(graph_module: fx.GraphModule, scopes: dict[str, tuple[str, type]]) -> dict[str, str]:
+def _layers_of_functions(
+    graph_module: fx.GraphModule, scopes: dict[str, tuple[str, type]], training: bool
+) -> dict[str, str]:
     """Make functional layers with stored weights modules with the same Parameters, which fuse and train as modules do.
+
+    They are in the mode of the graph: torch.ao folds no batch norm in evaluation into a layer in training.
 
     Returns:
         Name of each new module that has another name than the module whose Parameters it uses -> the latter.
@@ -193,7 +197,7 @@ def _layers_of_functions(graph_module: fx.GraphModule, scopes: dict[str, tuple[s
             continue
         tensor = operator.attrgetter(str(weight.target))(graph_module)
         offset = None if bias is None else operator.attrgetter(str(bias.target))(graph_module)
-        layer = layer_with(LAYERS[node.target], tensor, offset, node.args[3:])
+        layer = layer_with(LAYERS[node.target], tensor, offset, node.args[3:]).train(training)
         name, owner = _name_for(graph_module, weight, {weight, bias}, scopes.get(node.name, ("", None))[0])
         if name != owner:
             origins[name] = owner
