@@ -157,21 +157,31 @@ def hide_weight_observers(prepared: fx.GraphModule, names: Collection[str]) -> N
 
 
 def hide_observers(prepared: fx.GraphModule) -> None:
-    """Hide the observer in front of a clamp, where the same one stands behind it.
+    """Hide the observer in front of a clamp, where the same one stands behind it; let others see what is clamped.
 
     Integers saturate: a layer whose result is quantized to the range behind the clamp clamps by itself. With the values
     before the clamp in the range, 8 bits would be spent on what is cut off.
     """
     modules = dict(prepared.named_modules(remove_duplicate=False))
+    calls = Counter(id(_called(node, modules)) for node in prepared.graph.nodes)
     node: Any
     for node in list(prepared.graph.nodes):
-        if clamp_of(node, modules) is None:
+        limits = clamp_of(node, modules)
+        before: Any = None if limits is None else _called(node.args[0], modules)
+        if limits is None or not is_observer(before) or len(node.args[0].users) != 1:
             continue
-        before = _called(node.args[0], modules)
-        after = [_called(user, modules) for user in node.users]
-        if is_observer(before) and any(module is before for module in after) and len(node.args[0].users) == 1:
+        if any(_called(user, modules) is before for user in node.users):
             hide(node.args[0])
+        elif calls[id(before)] == 1 and len(node.args[0].args[0].users) == 1:
+            _let_see_clamped(before, limits)
     prepared.recompile()
+
+
+def _let_see_clamped(observer: Any, limits: tuple[float, float]) -> None:
+    if is_ours(observer):
+        observer.clamp = max(observer.clamp[0], limits[0]), min(observer.clamp[1], limits[1])
+    elif not is_fake_quantize(observer):
+        observer.register_forward_pre_hook(functools.partial(_clamped, limits))
 
 
 def clamp_observed(graph_module: fx.GraphModule) -> None:
@@ -186,7 +196,7 @@ def clamp_observed(graph_module: fx.GraphModule) -> None:
         layer = _called(node.args[0], modules)
         observer: Any = getattr(layer, "activation_post_process", None)
         if is_observer(observer) and not is_fake_quantize(observer) and calls[id(layer)] == 1:
-            observer.register_forward_pre_hook(functools.partial(_clamped, limits))
+            _let_see_clamped(observer, limits)
 
 
 def _clamped(limits: tuple[float, float], observer: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:

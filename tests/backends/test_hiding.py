@@ -276,17 +276,45 @@ def test_exported_weights_are_rounded_as_they_are_at_conversion() -> None:
         assert sqnr_db(model(X), convert(prepared)(X)) > 30
 
 
+class Padded(nn.Module):
+    """Takes ``(N, 3, 12, 12)``. Torch has no int8 kernel for what reads the ReLU6: it is float, and has no observer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.relu6, self.last = nn.Conv2d(3, 4, 1), nn.ReLU6(), nn.Conv2d(4, 2, 3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(F.pad(self.relu6(self.conv(x)), (0, 1, 0, 1)))
+
+
+def plain() -> nn.Module:
+    net = nn.Sequential()
+    net.conv, net.relu6, net.last = nn.Conv2d(3, 4, 1), nn.ReLU6(), nn.Conv2d(4, 2, 1)
+    return net
+
+
+@pytest.mark.parametrize("make", [plain, Padded])
 @pytest.mark.parametrize("backend", ["fx", "eager"])
-def test_the_range_behind_a_clamp_is_that_of_what_it_lets_through(backend: Any) -> None:
+def test_the_range_behind_a_clamp_is_that_of_what_it_lets_through(backend: Any, make: Any) -> None:
     """Of a layer in front of a ReLU6: values that are cut off, and negative ones, get none of the integers."""
     torch.manual_seed(0)
-    conv = nn.Conv2d(3, 4, 1)
+    net = make().eval()
     with torch.no_grad():
-        conv.weight.mul_(20)
-    net = nn.Sequential(conv, nn.ReLU6(), nn.Conv2d(4, 2, 1)).eval()
-    prepared = prepare(net, QuantConfig(backend=backend), method="static", example_inputs=X)
-    prepared(X)
-    with torch.no_grad():
+        net.conv.weight.mul_(20)
+        prepared = prepare(net, QuantConfig(backend=backend), method="static", example_inputs=X)
+        prepared(X)
         int8: Any = convert(prepared)
-        assert float(int8.get_submodule("0").scale) == pytest.approx(6 / 255, rel=0.01)
+        assert float(int8.get_submodule("conv").scale) == pytest.approx(6 / 255, rel=0.01)
         assert torch.equal(prepared(X), net(X))
+
+
+def test_a_range_that_is_trained_is_that_of_what_a_clamp_lets_through() -> None:
+    torch.manual_seed(0)
+    net = Padded()
+    with torch.no_grad():
+        net.conv.weight.mul_(20)
+    prepared: Any = prepare(net, method="qat", example_inputs=X)
+    prepared(X)
+    int8: Any = convert(prepared.eval())
+    assert float(int8.get_submodule("conv").scale) == pytest.approx(6 / 255, rel=0.01)
+    assert sqnr_db(prepared(X), int8(X)) > 30
