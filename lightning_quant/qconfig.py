@@ -128,8 +128,7 @@ def _first(constructor: Constructor) -> nn.Module:
 def _as_new(module: nn.Module) -> nn.Module:
     """A copy of a module that has Parameters, buffers, settings and submodules of that kind, and nothing else."""
     twin: nn.Module = type(module).__new__(type(module))
-    own = (dict, Sharing)  # what changes
-    twin.__dict__.update({k: copy.copy(v) if isinstance(v, own) else v for k, v in module.__dict__.items()})
+    twin.__dict__.update({k: _own(v) for k, v in module.__dict__.items()})
     for name, parameter in module._parameters.items():
         twin._parameters[name] = None if parameter is None else nn.Parameter(parameter.detach().clone())
     for name, buffer in module._buffers.items():
@@ -137,6 +136,13 @@ def _as_new(module: nn.Module) -> nn.Module:
     for name, child in module._modules.items():
         twin._modules[name] = None if child is None else _as_new(child)
     return twin
+
+
+def _own(value: Any) -> Any:
+    """``value``, or a copy if it is one that changes."""
+    if isinstance(value, (dict, set)):
+        return value.copy()  # several times as fast as copy.copy of an OrderedDict
+    return copy.copy(value) if isinstance(value, Sharing) else value
 
 
 def _constructor(kind: type[nn.Module], **settings: Any) -> Constructor:

@@ -14,6 +14,7 @@ from lightning_quant._torch_ao import quiet
 from lightning_quant.errors import ExportError, MissingExtraError
 from lightning_quant.exporters.onnx_bits import OPSET, has_small_weights, store_weights_in_4_bits, translations
 from lightning_quant.exporters.onnx_operators import Quick
+from lightning_quant.exporters.onnx_simplify import simplify
 from lightning_quant.runtime.state import tensor_names
 
 METADATA_KEY = "lightning_quant"
@@ -65,7 +66,7 @@ def to_model(
     """
     try:
         import onnx
-        import onnxscript.optimizer
+        import onnxscript  # noqa: F401 - torch.onnx needs it
     except ImportError as error:
         raise MissingExtraError(str(error.name), "onnx", f"format {metadata['format']!r}") from error
 
@@ -79,8 +80,7 @@ def to_model(
     except torch.onnx.errors.OnnxExporterError as error:
         raise ExportError(f"torch.onnx cannot write this model: {error}") from error
     assert written is not None  # as it is with dynamo=True
-    # once: torch does it twice, and most of the time of a deep network goes to patterns that are not there
-    onnxscript.optimizer.optimize_ir(written.model, num_iterations=1)
+    simplify(written.model)
     written.save(str(scratch))
     model = onnx.load(str(scratch))
     for node in model.graph.node:

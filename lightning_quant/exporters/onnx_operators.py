@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 from torch.utils._pytree import tree_leaves
 
 Program = torch.export.ExportedProgram
@@ -52,18 +54,25 @@ def _write_out(program: Program, table: Table) -> bool:
     if any(node.op == "get_attr" for node in graph.nodes):  # graphs inside of this one
         return False
     is_unknown = _unknown(table)
+    traces: dict[str, fx.GraphModule] = {}
     for node in list(graph.nodes):
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable and not _functional(node):
+        if _writes(node.target) and not _functional(node):
             return False
         if is_unknown(node.target):
             done = node.target == _ATEN.batch_norm.default and _batch_norm(graph, node)
-            if not done and not _trace(graph, node, table):
+            if not done and not _trace(graph, node, table, traces):
                 return False
-    for node in list(graph.nodes):  # tracing asks for sizes
+    for node in list(graph.nodes):  # tracing asks for sizes, and lays tensors out anew
         if node.target == _ATEN.sym_numel.default:
             _count_values(graph, node)
-        elif is_unknown(node.target):
+        elif node.target == _ATEN.as_strided_.default and _is_as_it_was(node):
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            graph.erase_node(node)
+        elif is_unknown(node.target) or _writes(node.target):
             return False
+    for spec, result in zip(program.graph_signature.output_specs, graph.output_node().args[0], strict=True):
+        if isinstance(result, fx.Node):
+            spec.arg.name = result.name  # what is returned may have been written out
     graph.lint()
     program.graph_module.recompile()
     return True
@@ -84,6 +93,27 @@ def _unknown(table: Table) -> Callable[[Any], bool]:
         return target in table or (target.has_kernel_for_dispatch_key(composite) and target not in optional)
 
     return is_unknown
+
+
+def _writes(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def _is_as_it_was(node: fx.Node) -> bool:
+    """Whether each value stays in its place: an average over all of an image in ``channels_last`` gets other strides.
+
+    They are those of dimensions of one element, where a stride says nothing.
+    """
+    source: Any = node.args[0]
+    old, new = source.meta["val"], node.meta["val"]
+    if len(node.args) > 3 or node.kwargs or old.dim() != new.dim():
+        return False
+    same = [
+        statically_known_true(old.shape[dim] == new.shape[dim])
+        and (statically_known_true(old.shape[dim] == 1) or statically_known_true(old.stride(dim) == new.stride(dim)))
+        for dim in range(old.dim())
+    ]
+    return all(same)
 
 
 def _functional(node: fx.Node) -> bool:
@@ -156,8 +186,11 @@ def _times(graph: fx.Graph, one: fx.Node, other: Any) -> fx.Node:
     return product
 
 
-def _trace(graph: fx.Graph, node: fx.Node, table: Table) -> bool:
-    """Put in the place of a call what torch makes of it when it is traced; not where that makes tensors of its own."""
+def _trace(graph: fx.Graph, node: fx.Node, table: Table, traces: dict[str, fx.GraphModule]) -> bool:
+    """Put in the place of a call what torch makes of it when it is traced; not where that makes tensors of its own.
+
+    ``traces`` has what was traced before: the layers of a deep network are alike.
+    """
     sources = node.all_input_nodes
     function: Any = node.target
 
@@ -165,8 +198,14 @@ def _trace(graph: fx.Graph, node: fx.Node, table: Table) -> bool:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), dict(zip(sources, values, strict=True)).__getitem__)
         return function(*args, **kwargs)
 
-    with torch.no_grad():
-        traced = make_fx(call, decomposition_table=dict(table))(*(source.meta["val"] for source in sources))
+    key = _alike(node)
+    traced = traces.get(key)
+    if traced is None:
+        # with the rules in Python: some in C++ ask for the number of samples, and it would be that of the example
+        with torch.no_grad(), enable_python_dispatcher():
+            traced = make_fx(call, decomposition_table=dict(table))(*(source.meta["val"] for source in sources))
+        if not any(free_unbacked_symbols(inner.meta.get("val")) for inner in traced.graph.nodes):
+            traces[key] = traced  # sizes that depend on values are not the same in two calls
     # what it makes by itself lies in another fake mode, and a program has one
     modes = {value.fake_mode for value in (source.meta["val"] for source in sources) if hasattr(value, "fake_mode")}
     made = [inner for inner in traced.graph.nodes if inner.op in ("call_function", "get_attr")]
@@ -191,6 +230,21 @@ def _trace(graph: fx.Graph, node: fx.Node, table: Table) -> bool:
             graph.erase_node(user)
     graph.erase_node(node)
     return True
+
+
+def _alike(node: fx.Node) -> str:
+    """The same for two calls that are traced alike: of one operator, with like tensors and the same constants."""
+    number = {source: f"input {i}" for i, source in enumerate(node.all_input_nodes)}
+    arguments = fx.node.map_arg((node.args, node.kwargs), number.__getitem__)
+    return repr((node.target, arguments, [_like(source.meta["val"]) for source in number]))
+
+
+def _like(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return [_like(one) for one in value]
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.dtype, tuple(value.shape), value.stride(), value.storage_offset(), value.device
 
 
 def _lies_in(value: Any, mode: Any) -> bool:

@@ -6,10 +6,12 @@ import copy
 from collections import Counter
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from models import Mlp, Residual, calibrated, decibels, settle
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from lightning_quant import ExportConfig, convert, export, load
@@ -141,3 +143,86 @@ def test_the_file_has_the_same_steps(tmp_path: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(onnx_operators.Quick, "of", lambda program: program)
     assert quick == steps()
     assert quick["Conv"] == quick["BatchNormalization"] == quick["Relu"] == 1
+
+
+class Averaged(nn.Module):
+    """An average over all of an image in ``channels_last``, as ConvNeXt makes them: torch lays its result out anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.pool = nn.Conv2d(3, 8, 3), nn.LayerNorm(8), nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.pool(self.norm(self.conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)).flatten(1)
+
+
+class Resized(nn.Module):
+    """Sizes that are computed from those of a tensor in front of an interpolation, as MobileViT computes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        samples, channels, _, _ = x.shape
+        x = F.interpolate(x, size=(8, 8), mode="bilinear", align_corners=False)
+        return x.reshape(samples * channels * 4, 2, 4, 2).transpose(1, 2).reshape(samples, channels, 8, 8)
+
+
+class Parts(nn.Module):
+    """What is returned is written out: ``chunk`` and ``unflatten``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = self.conv(x)
+        return (*x.chunk(2, 1), x.flatten(1).unflatten(1, (2, -1)))
+
+
+@pytest.mark.parametrize("kind", [Averaged, Resized, Parts])
+def test_a_file_takes_any_number_of_samples_and_gives_what_the_model_does(kind: type[nn.Module], tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 7, 7)
+    prepared = calibrated(kind().eval(), x)
+    loaded = load(export(prepared, None, ExportConfig(directory=tmp_path, formats=("onnx",)), x)["onnx"])
+    with torch.no_grad():
+        for samples in (1, 3, 5):
+            data = torch.randn(samples, 3, 7, 7)
+            pairs = zip(
+                torch.utils._pytree.tree_leaves(convert(prepared)(data)),
+                torch.utils._pytree.tree_leaves(loaded(data)),
+                strict=True,
+            )
+            assert all(expected.shape == got.shape and decibels(expected, got) > 38 for expected, got in pairs)
+
+
+def test_an_average_over_an_image_is_one_step(tmp_path: Any) -> None:
+    """Not a gathering by computed indices, which is what a decomposition of the new strides gives."""
+    x = torch.randn(4, 3, 8, 8)
+    prepared = calibrated(Averaged().eval(), x)
+    path = export(prepared, None, ExportConfig(directory=tmp_path, formats=("onnx",)), x)["onnx"]
+    steps = Counter(node.op_type for node in onnx.load(path).graph.node)
+    assert steps["GlobalAveragePool"] + steps["ReduceMean"] == 1
+    assert not {"Range", "Gather", "Expand"} & set(steps)
+
+
+def test_layers_that_are_alike_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 5, 8)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 4)
+    program = to_program(qdq(calibrated(encoder.eval(), x)), (x,), ((),))
+    table = table_of(program, monkeypatch)
+    expected = outputs(program, x)
+    traced: list[Any] = []
+    monkeypatch.setattr(
+        onnx_operators, "make_fx", lambda call, **options: traced.append(call) or make_fx(call, **options)
+    )
+    quick = Quick.of(program)
+    written_out = sum(onnx_operators._unknown(table)(node.target) for node in program.graph.nodes)
+    assert quick.run_decompositions(table) is quick
+    assert 0 < 3 * len(traced) < written_out
+    for now, before in zip(outputs(quick, x), expected, strict=True):
+        assert torch.equal(now, before)
