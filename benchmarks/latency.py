@@ -51,7 +51,7 @@ Made by `make bench-latency`. Milliseconds on 2 threads, 224x224: medians over r
 timed in a process of its own. All files of a network come from the same float model and the same calibration data.
 OpenVINO runs a shape that is fixed. *own quantizer*: `onnxruntime.quantization.quantize_static` (QDQ, weights per
 channel), whose file OpenVINO runs as well. *NNCF*: `nncf.quantize` of the OpenVINO model. *ours*:
-`ExportConfig(skip_slow=True)`, which decides by one sample; *all in int8*: without it. The last column is the
+`ExportConfig(skip_slow=True)`, one file for both batches; *all in int8*: without it. The last column is the
 fastest of ours by the fastest of all others: the median of that ratio over the rounds.
 """
 

@@ -395,21 +395,28 @@ class ExportConfig:
         formats: ``torchscript``, ``onnx``, ``openvino``, ``pt2`` (``torch.export``), ``aoti`` (compiled by AOTInductor
             for this kind of CPU). None: the native format of the backend, and ``onnx`` and ``openvino`` where they can
             be written and their extras are installed. Formats that are named are checked at once.
-        skip_slow: In each file, leave in float what its runtime runs slower in int8 on this machine, measured with one
-            sample at a time: no file is slower than float then. ``pt2`` has no runtime of its own and stays as it is.
-            It takes a dozen trial files for each format.
+        skip_slow: In each file, leave in float what its runtime runs slower in int8 on this machine, by measurement: no
+            file is slower than float then. ``pt2`` has no runtime of its own and stays as it is. It takes a dozen trial
+            files for each format.
+        batch_sizes: How many samples a call has, where ``skip_slow`` measures. A file serves all of these numbers: it
+            is slower than float with none of them, and the fastest in their geometric mean.
 
     Raises:
-        ConfigError: A format is not known or is named twice.
+        ConfigError: A format is not known or is named twice; a batch size that is not a positive integer.
     """
 
     directory: str = "quantized"
     formats: tuple[FormatName, ...] | None = None
     skip_slow: bool = False
+    batch_sizes: tuple[int, ...] = (1, 16)
 
     def __post_init__(self) -> None:
         if not isinstance(self.skip_slow, bool):
             raise ConfigError(f"ExportConfig(skip_slow={self.skip_slow!r}): give True or False.")
+        sizes = self.batch_sizes
+        if not isinstance(sizes, (tuple, list)) or not sizes or any(type(n) is not int or n < 1 for n in sizes):
+            raise ConfigError(f"ExportConfig(batch_sizes={sizes!r}): give numbers of samples, e.g. (1, 16).")
+        object.__setattr__(self, "batch_sizes", tuple(sorted(set(sizes))))
         object.__setattr__(self, "directory", str(self.directory))
         if not self.directory:
             raise ConfigError("ExportConfig(directory=''): give the name of a folder.")

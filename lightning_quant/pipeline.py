@@ -248,7 +248,7 @@ def _write(
             formats,
             export.path,
             optional,
-            fastest=export.skip_slow,
+            fastest=export.batch_sizes if export.skip_slow else (),
             with_float=True,
             facts=Facts(metrics, class_labels(quantized.float_module)),
             tell=advance,

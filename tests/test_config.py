@@ -144,6 +144,15 @@ def exactly(text: str) -> str:
         ),
         (lambda: ExportConfig(skip_slow="yes"), "ExportConfig(skip_slow='yes'): give True or False."),
         (lambda: ExportConfig(skip_slow=None), "ExportConfig(skip_slow=None): give True or False."),
+        (
+            lambda: ExportConfig(batch_sizes=()),
+            "ExportConfig(batch_sizes=()): give numbers of samples, e.g. (1, 16).",
+        ),
+        (
+            lambda: ExportConfig(batch_sizes=(0, 2)),
+            "ExportConfig(batch_sizes=(0, 2)): give numbers of samples, e.g. (1, 16).",
+        ),
+        (lambda: ExportConfig(batch_sizes=16), "ExportConfig(batch_sizes=16): give numbers of samples, e.g. (1, 16)."),
         (lambda: ExportConfig(formats=()), "ExportConfig(formats=()): name each format once, at least one."),
         (
             lambda: ExportConfig(formats=("onnx", "onnx")),

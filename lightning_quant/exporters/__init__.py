@@ -76,7 +76,8 @@ def export(
     )
     if initial_of(prepared) is not None:
         program = with_explicit_state(program)
-    artifacts, _ = write([program], formats, export_config.path, fastest=export_config.skip_slow)
+    fastest = export_config.batch_sizes if export_config.skip_slow else ()
+    artifacts, _ = write([program], formats, export_config.path, fastest=fastest)
     return {artifact.format: artifact.path for artifact in artifacts}
 
 

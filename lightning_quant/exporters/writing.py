@@ -118,7 +118,7 @@ def write(
     directory: Path,
     optional: tuple[FormatName, ...] = (),
     *,
-    fastest: bool = False,
+    fastest: tuple[int, ...] = (),
     with_float: bool = False,
     facts: Facts = NO_FACTS,
     tell: Callable[[str], object] = lambda text: None,
@@ -130,7 +130,8 @@ def write(
         formats: Those to write.
         directory: Where.
         optional: Those of ``formats`` that nobody named: where one cannot hold a program, it is left out for all.
-        fastest: Leave in float, in a file, what its runtime runs slower in int8 on this machine.
+        fastest: Leave in float, in a file, what its runtime runs slower in int8 on this machine, with one of these
+            numbers of samples. Empty: nothing.
         with_float: Give the same in float in the same runtime with each artifact, to be timed beside it.
         facts: For the metadata.
         tell: Called with what begins: ``Writing onnx``, ``Checking onnx``.
@@ -175,7 +176,7 @@ class _Writer:
     """Writes one program in any format. What formats have in common is made once."""
 
     def __init__(
-        self, program: Program, fastest: bool, with_float: bool, facts: Facts, tell: Callable[[str], object]
+        self, program: Program, fastest: tuple[int, ...], with_float: bool, facts: Facts, tell: Callable[[str], object]
     ) -> None:
         self.program = program
         self.fastest = fastest
@@ -238,6 +239,11 @@ class _Writer:
                 "ExportConfig(formats=...), or the part that cannot be exported with QuantConfig(skip=...)."
             ) from error
 
+    def _timed(self) -> list[tuple[Any, ...]]:
+        """What files are timed with: one tuple of inputs for each number of samples."""
+        sizes = self.fastest[:1] if self.program.one_sample else self.fastest
+        return [self.program.of_size(size) for size in sizes]
+
     def _run(self, module: nn.Module) -> Any:
         with torch.no_grad(), engine(self.program.config.engine):
             return module(*self.program.inputs)
@@ -247,7 +253,7 @@ class _Writer:
         left_float: tuple[str, ...] = ()
         in_float = self.program.in_float
         if self.fastest and in_float is not None and skip_slow.is_slower(
-            torchscript.freeze(source, self.double), torchscript.freeze(in_float, self.double), self.single
+            torchscript.freeze(source, self.double), torchscript.freeze(in_float, self.double), self._timed()
         ):  # fmt: skip
             source, left_float = in_float, ("",)
         shapes = any_sizes(self.program)
@@ -270,7 +276,7 @@ class _Writer:
 
         if self.fastest and name in skip_slow.FORMATS:
             left_float = skip_slow.search(
-                neutral, layout, lambda program, folder: export(program, folder / path.name), self.single,
+                neutral, layout, lambda program, folder: export(program, folder / path.name), self._timed(),
                 whole=name in skip_slow.WHOLE,
             )  # fmt: skip
         program = laid_out(neutral, layout, left_float)

@@ -43,11 +43,12 @@ class File(nn.Module):
 
 
 class Clock:
-    """Milliseconds of a file by its layers in float, in the place of a measurement."""
+    """Milliseconds of a file by its layers in float, in the place of a measurement; by the number of samples, too."""
 
-    def __init__(self, cost: Callable[[Names], float]) -> None:
-        self.cost = cost
+    def __init__(self, *costs: Callable[[Names], float]) -> None:
+        self.costs = costs
         self.written: list[Names] = []
+        self.timed: list[tuple[int, int]] = []  # how many samples, how many files
 
     def export(self, written: torch.export.ExportedProgram, folder: Path) -> File:
         assert folder.is_dir()
@@ -58,14 +59,18 @@ class Clock:
         return file
 
     def latency_ms(self, calls: dict[str, Any], **_: Any) -> dict[str, float]:
-        return {name: self.cost(call.func.in_float) for name, call in calls.items()}
+        (samples,) = {len(call.args[0]) for call in calls.values()}
+        self.timed.append((samples, len(calls)))
+        return {name: self.costs[samples - 1](call.func.in_float) for name, call in calls.items()}
 
 
-def searched(cost: Callable[[Names], float], **settings: Any) -> tuple[Names, Clock]:
-    clock = Clock(cost)
+def searched(*costs: Callable[[Names], float], **settings: Any) -> tuple[Names, Clock]:
+    """The costs are those with one sample, with two, ..."""
+    clock = Clock(*costs)
+    data = [(torch.zeros(samples, 4),) for samples in range(1, len(costs) + 1)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(skip_slow, "latency_ms", clock.latency_ms)
-        found = search(program(), None, clock.export, (torch.zeros(1, 4),), **settings)
+        found = search(program(), None, clock.export, data, **settings)
     return found, clock
 
 
@@ -159,7 +164,7 @@ def test_a_program_without_int8_has_nothing_to_leave() -> None:
     in_float = laid_out(program(), None, LAYERS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(skip_slow, "latency_ms", lambda calls, **_: dict.fromkeys(calls, 1.0))
-        assert search(in_float, None, lambda *_: File(()), (torch.zeros(1, 4),)) == ()
+        assert search(in_float, None, lambda *_: File(()), [(torch.zeros(1, 4),)]) == ()
 
 
 @pytest.mark.parametrize(("times", "slower"), [((2.0, 1.0), True), ((1.0, 0.99), False), ((1.0, 2.0), False)])
@@ -172,8 +177,47 @@ def test_is_slower(times: tuple[float, float], slower: bool, monkeypatch: pytest
         return dict(zip(calls, times, strict=True))
 
     monkeypatch.setattr(skip_slow, "latency_ms", latency_ms)
-    assert is_slower(lambda x: called.append(("one", x)), lambda x: called.append(("other", x)), (3,)) is slower
+    assert is_slower(lambda x: called.append(("one", x)), lambda x: called.append(("other", x)), [(3,)]) is slower
     assert called == [("one", 3), ("other", 3)]
+
+
+def test_is_slower_with_any_number_of_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    def latency_ms(calls: dict[str, Any]) -> dict[str, float]:
+        return {name: call() for name, call in calls.items()}
+
+    monkeypatch.setattr(skip_slow, "latency_ms", latency_ms)
+
+    def one(samples: int) -> float:
+        return {1: 1.0, 16: 20.0}[samples]
+
+    assert not is_slower(one, lambda samples: 2.0 * samples, [(1,), (16,)])
+    assert is_slower(one, lambda samples: 1.2 * samples, [(1,), (16,)])
+
+
+# ---- one file for several numbers of samples
+
+
+def test_what_helps_one_sample_and_costs_more_with_many_stays_in_int8() -> None:
+    one = [1.0] * DEPTH
+    one[0] = 2.0  # in float: 1.5
+    many = [16.0] * DEPTH
+    found, _ = searched(by_layer(one, [1.5] * DEPTH), by_layer(many, [32.0] * DEPTH))
+    assert found == ()
+    assert LAYERS[0] in searched(by_layer(one, [1.5] * DEPTH))[0]
+
+
+def test_slower_than_float_with_many_is_not_taken_however_fast_one_is() -> None:
+    found, _ = searched(by_layer([1.0] * DEPTH, [4.0] * DEPTH), by_layer([20.0] * DEPTH, [16.0] * DEPTH))
+    assert found == LAYERS
+
+
+def test_a_call_with_many_that_takes_long_is_compared_at_the_ends_alone() -> None:
+    slow = [2.0, *[1.0] * (DEPTH - 1)]
+    _, clock = searched(by_layer(slow, [1.4] * DEPTH), by_layer([100.0 * ms for ms in slow], [140.0] * DEPTH))
+    by_samples = {samples: [files for n, files in clock.timed if n == samples] for samples in (1, 2)}
+    assert len(by_samples[1]) == 3
+    assert len(by_samples[2]) == 2
+    assert max(by_samples[2]) < max(by_samples[1]) == 1 + GROUPS
 
 
 # ---- files
@@ -238,3 +282,18 @@ def test_a_wrong_file_with_layers_in_float_is_found(tmp_path: Path, monkeypatch:
     config = ExportConfig(directory=tmp_path, formats=("onnx",), skip_slow=True)
     with pytest.raises(ExportError, match="the file computes something else"):
         export(calibrated(Mlp().eval(), x), None, config, x)
+
+
+def test_files_are_timed_with_each_number_of_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[list[int]] = []
+
+    def noted(program: Any, layout: Any, write: Any, data: Any, **_: Any) -> Names:
+        sizes.append([len(inputs[0]) for inputs in data])
+        return ()
+
+    monkeypatch.setattr(skip_slow, "search", noted)
+    x = torch.randn(4, 4)
+    for batch_sizes in ((16, 1), (8,)):
+        config = ExportConfig(directory=tmp_path, formats=("onnx",), skip_slow=True, batch_sizes=batch_sizes)
+        export(calibrated(Mlp().eval(), x), None, config, x)
+    assert sizes == [[1, 16], [8]]
