@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,9 +12,12 @@ import torch
 from architectures import Architecture
 from torch import nn
 
-from lightning_quant import QuantConfig, convert, coverage, prepare
+from lightning_quant import ExportConfig, QuantConfig, convert, coverage, export, load, prepare
 from lightning_quant.analysis.sqnr import sqnr_db
+from lightning_quant.config import FormatName
 
+#: The files that are written.
+FORMATS: tuple[FormatName, ...] = ("onnx", "openvino")
 CALIBRATION_BATCHES = 4
 BATCH = 8
 #: Forward passes in training mode. Random networks amplify: with batch norms settled to the last per cent, one rounding
@@ -23,13 +27,18 @@ SETTLING_STEPS = 10
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one architecture; the times are in seconds."""
+    """What was measured of one architecture; the times are in seconds.
+
+    ``files`` has the SQNR of each file, by its format, against the float network, as ``sqnr_db`` is that of the
+    converted one.
+    """
 
     entry: Architecture
     sqnr_db: float
     coverage: float
     prepare_s: float
     convert_s: float
+    files: dict[str, float]
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -65,8 +74,8 @@ def settled(entry: Architecture, inputs: Callable[[int], Any] | None = None) -> 
     return model.eval()
 
 
-def measure(entry: Architecture, config: QuantConfig | None = None) -> Row:
-    """Prepare, calibrate on noise, convert, and compare on other noise."""
+def measure(entry: Architecture, config: QuantConfig | None = None, formats: tuple[FormatName, ...] = ()) -> Row:
+    """Prepare, calibrate on noise, convert, write ``formats``, and compare on other noise."""
     config = config or QuantConfig()
     model = settled(entry)
     example = entry.inputs(2)
@@ -83,5 +92,11 @@ def measure(entry: Architecture, config: QuantConfig | None = None) -> Row:
     with torch.no_grad():
         figure = sqnr_db(call(model, fresh), call(converted, fresh))
     share = coverage(converted, (), run=lambda: call(converted, example)).share
+    files = {name: _of_file(prepared, name, model, fresh) for name in formats}
+    return Row(entry, figure, share, prepared_at - start, done_at - calibrated_at, files)
 
-    return Row(entry, figure, share, prepared_at - start, done_at - calibrated_at)
+
+def _of_file(prepared: nn.Module, name: FormatName, model: nn.Module, inputs: Any) -> float:
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        path = export(prepared, None, ExportConfig(directory=folder, formats=(name,)), inputs)[name]
+        return sqnr_db(call(model, inputs), call(load(path), inputs))

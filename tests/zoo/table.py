@@ -17,7 +17,7 @@ import torch
 from architectures import ARCHITECTURES, FAMILIES, MIN_COVERAGE, MIN_SQNR_DB, by_name
 from epoch import BATCH as TRAINING_BATCH
 from epoch import LEARNING_RATE, TRAINED, Epoch, pl, train
-from measure import BATCH, CALIBRATION_BATCHES, SETTLING_STEPS, Row, measure
+from measure import BATCH, CALIBRATION_BATCHES, FORMATS, SETTLING_STEPS, Row, measure
 from results import kept
 from tasks import SAMPLES
 
@@ -42,7 +42,8 @@ def _static(rows: list[Row]) -> list[str]:
         "",
         f"Weights are random, and batch norms have seen noise in {SETTLING_STEPS} forward passes; "
         f"{CALIBRATION_BATCHES} batches of {BATCH} samples of noise calibrate, another one is compared. *SQNR*: signal "
-        "to quantization noise of the output against the float network, in dB. *Coverage*: share of the "
+        "to quantization noise of the output against the float network, in dB: of the converted network in torch, and "
+        "of its files in ONNX Runtime and OpenVINO. *Coverage*: share of the "
         "multiply-accumulates of layers with weights that run in int8. Asked for are "
         f"{MIN_SQNR_DB:.0f} dB and {MIN_COVERAGE}. A random network amplifies roundings that a trained one does not, "
         "so that these figures find what is broken, and say little about accuracy.",
@@ -50,14 +51,14 @@ def _static(rows: list[Row]) -> list[str]:
         f"torch {torch.__version__}, engine `{config.engine}`, "
         f"{'VNNI' if cpu_has_vnni() else 'no VNNI: weights of 7 bits'}.",
         "",
-        "| architecture | library | family | SQNR, dB | coverage | remark |",
-        "|---|---|---|---|---|---|",
+        "| architecture | library | family | SQNR, dB | ONNX | OpenVINO | coverage | remark |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         entry = row.entry
         lines.append(
-            f"| {entry.name} | {entry.library} | {entry.family} | {row.sqnr_db:.1f} | {row.coverage:.3f} | "
-            f"{entry.reason} |"
+            f"| {entry.name} | {entry.library} | {entry.family} | {row.sqnr_db:.1f} | {row.files['onnx']:.1f} | "
+            f"{row.files['openvino']:.1f} | {row.coverage:.3f} | {entry.reason} |"
         )
     return lines
 
@@ -109,7 +110,7 @@ def main(names: list[str]) -> None:
     logging.getLogger(f"{pl.__name__}.utilities.rank_zero").setLevel(logging.WARNING)
     rows, epochs = [], []
     for name in names or [entry.name for entry in ARCHITECTURES]:
-        row = (None if names else kept(Row, by_name(name))) or measure(by_name(name))
+        row = (None if names else kept(Row, by_name(name))) or measure(by_name(name), formats=FORMATS)
         print(f"{name:36s} {row.sqnr_db:6.1f} dB  coverage {row.coverage:.3f}  "
               f"prepare {row.prepare_s:5.1f} s  convert {row.convert_s:5.1f} s", flush=True)  # fmt: skip
         rows.append(row)

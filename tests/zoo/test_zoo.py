@@ -15,7 +15,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, FAMILIES, MIN_COVERAGE, MIN_SQNR_DB, Architecture
 from epoch import train
-from measure import call, measure, settled
+from measure import FORMATS, call, measure, settled
 from results import keep
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -40,10 +40,12 @@ def _skip_if_missing(entry: Architecture) -> None:
 @pytest.mark.parametrize("entry", [_parameter(entry, fast=entry.fast) for entry in ARCHITECTURES])
 def test_static(entry: Architecture) -> None:
     _skip_if_missing(entry)
-    row = measure(entry)
+    row = measure(entry, formats=FORMATS)
     keep(row)
     assert row.sqnr_db >= entry.min_sqnr_db
     assert row.coverage >= entry.min_coverage
+    assert set(row.files) == set(FORMATS)
+    assert min(row.files.values()) >= entry.min_sqnr_db
 
 
 def test_names_are_unique_and_a_lower_floor_has_its_reason() -> None:
