@@ -177,11 +177,12 @@ def hide_observers(prepared: fx.GraphModule) -> None:
     prepared.recompile()
 
 
-def _let_see_clamped(observer: Any, limits: tuple[float, float]) -> None:
+def _let_see_clamped(observer: Any, limits: tuple[float, float], *, new: bool = False) -> None:
+    """``new``: what it sees is in memory of its own, which nothing else reads."""
     if is_ours(observer):
         observer.clamp = max(observer.clamp[0], limits[0]), min(observer.clamp[1], limits[1])
     elif not is_fake_quantize(observer):
-        observer.register_forward_pre_hook(functools.partial(_clamped, limits))
+        observer.register_forward_pre_hook(functools.partial(_clamped, limits, new))
 
 
 def clamp_observed(graph_module: fx.GraphModule) -> None:
@@ -196,10 +197,20 @@ def clamp_observed(graph_module: fx.GraphModule) -> None:
         layer = _called(node.args[0], modules)
         observer: Any = getattr(layer, "activation_post_process", None)
         if is_observer(observer) and not is_fake_quantize(observer) and calls[id(layer)] == 1:
-            _let_see_clamped(observer, limits)
+            _let_see_clamped(observer, limits, new=_has_weight(layer))
 
 
-def _clamped(limits: tuple[float, float], observer: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+def _has_weight(layer: Any) -> bool:
+    """Whether a layer, or the first of fused ones, computes: others may give what they were given."""
+    first = layer[0] if isinstance(layer, nn.Sequential) else layer
+    return isinstance(getattr(first, "weight", None), torch.Tensor)
+
+
+def _clamped(
+    limits: tuple[float, float], new: bool, observer: nn.Module, args: tuple[torch.Tensor]
+) -> tuple[torch.Tensor]:
+    if new and not torch.is_grad_enabled():
+        return (args[0].clamp_(*limits),)  # a copy of every activation is a tenth of a calibration
     return (args[0].clamp(*limits),)
 
 

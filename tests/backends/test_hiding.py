@@ -11,6 +11,7 @@ import torch
 from models import Residual
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_quant import QuantConfig, TensorSpec, convert, prepare
 from lightning_quant._torch_ao import is_observer
@@ -318,3 +319,31 @@ def test_a_range_that_is_trained_is_that_of_what_a_clamp_lets_through() -> None:
     int8: Any = convert(prepared.eval())
     assert float(int8.get_submodule("conv").scale) == pytest.approx(6 / 255, rel=0.01)
     assert sqnr_db(prepared(X), int8(X)) > 30
+
+
+class _Calls(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_calibration_in_eager_mode_clamps_what_a_layer_gives_without_a_copy() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.Conv2d(8, 4, 3)).eval()
+    x = 20 * torch.randn(4, 3, 8, 8)
+    kept = x.clone()
+    twins = [prepare(model, QuantConfig(backend="eager"), method="static", example_inputs=x) for _ in range(2)]
+    with torch.no_grad(), _Calls() as calls:
+        without = twins[0](x)
+    with_gradients = twins[1](x)
+    with_gradients.sum().backward()
+    assert "clamp_.default" in calls.names
+    assert "clamp.default" not in calls.names
+    assert torch.equal(without, with_gradients)
+    assert torch.equal(x, kept)  # the input is not overwritten
+    with torch.no_grad():
+        assert torch.equal(convert(twins[0])(x), convert(twins[1])(x))
