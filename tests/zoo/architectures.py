@@ -6,8 +6,8 @@ architecture carries a lower one and the reason, and both are printed in docs/zo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Architecture:
         min_sqnr_db: The floor.
         min_coverage: The floor.
         reason: Why a floor is lower than the zoo's.
+        without: Format -> why there is no file of it. The export has to say so.
     """
 
     name: str
@@ -46,6 +47,16 @@ class Architecture:
     min_sqnr_db: float = MIN_SQNR_DB
     min_coverage: float = MIN_COVERAGE
     reason: str = ""
+    without: Mapping[str, str] = field(default_factory=dict)
+
+
+_WRONG = "OpenVINO computes something else than ONNX Runtime from the same file"
+_WITHOUT: dict[str, dict[str, str]] = {
+    "swin_v2_t": {"openvino": _WRONG},
+    "maxvit_t": {"openvino": _WRONG},
+    "levit_128s": {"openvino": _WRONG},
+    "edgenext_xx_small": {"openvino": "OpenVINO cannot compile it"},
+}
 
 
 def _images(size: int, channels: int = 3) -> Callable[[int], tuple[torch.Tensor, ...]]:
@@ -62,7 +73,8 @@ def _torchvision(name: str, family: str, size: int = 96, *, fast: bool = False, 
         return models.get_model(name, **settings)
 
     task = MASKS if family == "segmentation" else DIGITS
-    return Architecture(name, "torchvision", family, build, _images(size), task, fast)
+    without = _WITHOUT.get(name, {})
+    return Architecture(name, "torchvision", family, build, _images(size), task, fast, without=without)
 
 
 def _detection_backbone(name: str, family: str) -> Architecture:
@@ -108,7 +120,8 @@ def _timm(name: str, family: str, size: int = 96, *, fast: bool = False, **optio
         model: nn.Module = timm.create_model(name, pretrained=False, **options)
         return model
 
-    return Architecture(name, "timm", family, build, _images(size), DIGITS, fast, *_LOWER.get(name, ()))
+    low, without = _LOWER.get(name, ()), _WITHOUT.get(name, {})
+    return Architecture(name, "timm", family, build, _images(size), DIGITS, fast, *low, without=without)
 
 
 def _tokens(batch: int, length: int = 24, vocabulary: int = 200) -> dict[str, torch.Tensor]:

@@ -75,7 +75,7 @@ def settled(entry: Architecture, inputs: Callable[[int], Any] | None = None) -> 
 
 
 def measure(entry: Architecture, config: QuantConfig | None = None, formats: tuple[FormatName, ...] = ()) -> Row:
-    """Prepare, calibrate on noise, convert, write ``formats``, and compare on other noise."""
+    """Prepare, calibrate on noise, convert, write those of ``formats`` that can be, and compare on other noise."""
     config = config or QuantConfig()
     model = settled(entry)
     example = entry.inputs(2)
@@ -92,7 +92,7 @@ def measure(entry: Architecture, config: QuantConfig | None = None, formats: tup
     with torch.no_grad():
         figure = sqnr_db(call(model, fresh), call(converted, fresh))
     share = coverage(converted, (), run=lambda: call(converted, example)).share
-    files = {name: _of_file(prepared, name, model, fresh) for name in formats}
+    files = {name: _of_file(prepared, name, model, fresh) for name in formats if name not in entry.without}
     return Row(entry, figure, share, prepared_at - start, done_at - calibrated_at, files)
 
 

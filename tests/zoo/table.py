@@ -56,11 +56,16 @@ def _static(rows: list[Row]) -> list[str]:
     ]
     for row in rows:
         entry = row.entry
+        remarks = "; ".join(text for text in (entry.reason, *entry.without.values()) if text)
         lines.append(
-            f"| {entry.name} | {entry.library} | {entry.family} | {row.sqnr_db:.1f} | {row.files['onnx']:.1f} | "
-            f"{row.files['openvino']:.1f} | {row.coverage:.3f} | {entry.reason} |"
+            f"| {entry.name} | {entry.library} | {entry.family} | {row.sqnr_db:.1f} | {_file(row, 'onnx')} | "
+            f"{_file(row, 'openvino')} | {row.coverage:.3f} | {remarks} |"
         )
     return lines
+
+
+def _file(row: Row, name: str) -> str:
+    return "none" if name in row.entry.without else f"{row.files[name]:.1f}"
 
 
 def _training(epochs: list[Epoch]) -> list[str]:

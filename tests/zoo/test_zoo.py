@@ -20,7 +20,7 @@ from results import keep
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_quant import prepare
+from lightning_quant import ExportConfig, ExportError, export, prepare
 from lightning_quant._torch_ao import FakeQuantizeBase
 
 needs = {"torchvision": ["torchvision"], "timm": ["timm", "torchvision"], "transformers": ["transformers"]}
@@ -44,8 +44,23 @@ def test_static(entry: Architecture) -> None:
     keep(row)
     assert row.sqnr_db >= entry.min_sqnr_db
     assert row.coverage >= entry.min_coverage
-    assert set(row.files) == set(FORMATS)
+    assert set(row.files) == set(FORMATS) - set(entry.without)
     assert min(row.files.values()) >= entry.min_sqnr_db
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("entry", [_parameter(entry, fast=False) for entry in ARCHITECTURES if entry.without])
+def test_a_file_that_a_runtime_does_not_run_is_refused(entry: Architecture, tmp_path: Path) -> None:
+    """And nothing is written: a runtime that is wrong is found by comparing."""
+    _skip_if_missing(entry)
+    prepared = prepare(settled(entry), method="static", example_inputs=entry.inputs(2))
+    with torch.no_grad():
+        call(prepared, entry.inputs(8))
+    for name in entry.without:
+        config = ExportConfig(directory=str(tmp_path), formats=(name,))  # type: ignore[arg-type]
+        with pytest.raises(ExportError, match=r"the file computes something else|openvino export of forward failed"):
+            export(prepared, None, config, entry.inputs(8))
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_names_are_unique_and_a_lower_floor_has_its_reason() -> None:
