@@ -27,18 +27,21 @@ SETTLING_STEPS = 10
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one architecture; the times are in seconds.
-
-    ``files`` has the SQNR of each file, by its format, against the float network, as ``sqnr_db`` is that of the
-    converted one.
-    """
+    """What was measured of one architecture; the times are in seconds."""
 
     entry: Architecture
     sqnr_db: float
     coverage: float
     prepare_s: float
     convert_s: float
-    files: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Files:
+    """The SQNR of each file of one architecture against the float network, in dB, by its format."""
+
+    entry: Architecture
+    sqnr_db: dict[str, float]
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -74,8 +77,8 @@ def settled(entry: Architecture, inputs: Callable[[int], Any] | None = None) -> 
     return model.eval()
 
 
-def measure(entry: Architecture, config: QuantConfig | None = None, formats: tuple[FormatName, ...] = ()) -> Row:
-    """Prepare, calibrate on noise, convert, write those of ``formats`` that can be, and compare on other noise."""
+def measure(entry: Architecture, config: QuantConfig | None = None) -> Row:
+    """Prepare, calibrate on noise, convert, and compare on other noise."""
     config = config or QuantConfig()
     model = settled(entry)
     example = entry.inputs(2)
@@ -92,11 +95,26 @@ def measure(entry: Architecture, config: QuantConfig | None = None, formats: tup
     with torch.no_grad():
         figure = sqnr_db(call(model, fresh), call(converted, fresh))
     share = coverage(converted, (), run=lambda: call(converted, example)).share
-    files = {name: _of_file(prepared, name, model, fresh) for name in formats if name not in entry.without}
-    return Row(entry, figure, share, prepared_at - start, done_at - calibrated_at, files)
+    return Row(entry, figure, share, prepared_at - start, done_at - calibrated_at)
 
 
-def _of_file(prepared: nn.Module, name: FormatName, model: nn.Module, inputs: Any) -> float:
+def calibrated(entry: Architecture) -> tuple[nn.Module, nn.Module]:
+    """The float network, and the prepared one after calibration on noise."""
+    model = settled(entry)
+    prepared = prepare(model, method="static", example_inputs=entry.inputs(2))
+    with torch.no_grad():
+        for _ in range(CALIBRATION_BATCHES):
+            call(prepared, entry.inputs(BATCH))
+    return model, prepared
+
+
+def files(entry: Architecture) -> Files:
+    """Write the files that there are of ``entry``, and compare them on other noise."""
+    model, prepared = calibrated(entry)
+    formats = tuple(name for name in FORMATS if name not in entry.without)
+    fresh = entry.inputs(BATCH)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        path = export(prepared, None, ExportConfig(directory=folder, formats=(name,)), inputs)[name]
-        return sqnr_db(call(model, inputs), call(load(path), inputs))
+        paths = export(prepared, None, ExportConfig(directory=folder, formats=formats), fresh) if formats else {}
+        expected = call(model, fresh)
+        data = {k: x for k, x in fresh.items() if isinstance(x, torch.Tensor)} if isinstance(fresh, dict) else fresh
+        return Files(entry, {name: sqnr_db(expected, call(load(path), data)) for name, path in paths.items()})

@@ -17,7 +17,7 @@ import torch
 from architectures import ARCHITECTURES, FAMILIES, MIN_COVERAGE, MIN_SQNR_DB, by_name
 from epoch import BATCH as TRAINING_BATCH
 from epoch import LEARNING_RATE, TRAINED, Epoch, pl, train
-from measure import BATCH, CALIBRATION_BATCHES, FORMATS, SETTLING_STEPS, Row, measure
+from measure import BATCH, CALIBRATION_BATCHES, SETTLING_STEPS, Files, Row, files, measure
 from results import kept
 from tasks import SAMPLES
 
@@ -27,12 +27,12 @@ from lightning_quant.config import cpu_has_vnni, resolve
 PAGE = Path(__file__).parents[2] / "docs" / "zoo.md"
 
 
-def page(rows: list[Row], epochs: list[Epoch]) -> str:
+def page(rows: list[Row], of_files: list[Files], epochs: list[Epoch]) -> str:
     """The page as Markdown."""
-    return "\n".join([*_static(rows), "", *_training(epochs)]) + "\n"
+    return "\n".join([*_static(rows, of_files), "", *_training(epochs)]) + "\n"
 
 
-def _static(rows: list[Row]) -> list[str]:
+def _static(rows: list[Row], of_files: list[Files]) -> list[str]:
     config = resolve(QuantConfig())
     lines = [
         "# The zoo",
@@ -54,18 +54,18 @@ def _static(rows: list[Row]) -> list[str]:
         "| architecture | library | family | SQNR, dB | ONNX | OpenVINO | coverage | remark |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    for row, written in zip(rows, of_files, strict=True):
         entry = row.entry
-        remarks = "; ".join(text for text in (entry.reason, *entry.without.values()) if text)
+        remarks = "; ".join(text for text in (entry.reason, *dict.fromkeys(entry.without.values())) if text)
         lines.append(
-            f"| {entry.name} | {entry.library} | {entry.family} | {row.sqnr_db:.1f} | {_file(row, 'onnx')} | "
-            f"{_file(row, 'openvino')} | {row.coverage:.3f} | {remarks} |"
+            f"| {entry.name} | {entry.library} | {entry.family} | {row.sqnr_db:.1f} | {_file(written, 'onnx')} | "
+            f"{_file(written, 'openvino')} | {row.coverage:.3f} | {remarks} |"
         )
     return lines
 
 
-def _file(row: Row, name: str) -> str:
-    return "none" if name in row.entry.without else f"{row.files[name]:.1f}"
+def _file(written: Files, name: str) -> str:
+    return "none" if name in written.entry.without else f"{written.sqnr_db[name]:.1f}"
 
 
 def _training(epochs: list[Epoch]) -> list[str]:
@@ -113,12 +113,14 @@ def main(names: list[str]) -> None:
     """Measure, print, and write the page if all were measured."""
     warnings.simplefilter("ignore")
     logging.getLogger(f"{pl.__name__}.utilities.rank_zero").setLevel(logging.WARNING)
-    rows, epochs = [], []
+    rows, of_files, epochs = [], [], []
     for name in names or [entry.name for entry in ARCHITECTURES]:
-        row = (None if names else kept(Row, by_name(name))) or measure(by_name(name), formats=FORMATS)
+        row = (None if names else kept(Row, by_name(name))) or measure(by_name(name))
         print(f"{name:36s} {row.sqnr_db:6.1f} dB  coverage {row.coverage:.3f}  "
               f"prepare {row.prepare_s:5.1f} s  convert {row.convert_s:5.1f} s", flush=True)  # fmt: skip
         rows.append(row)
+        of_files.append((None if names else kept(Files, by_name(name))) or files(by_name(name)))
+        print(f"{name:36s} files: {of_files[-1].sqnr_db}", flush=True)
     for name in names or [entry.name for entry in FAMILIES.values()]:
         epoch = (None if names else kept(Epoch, by_name(name))) or _trained(name)
         print(f"{name:36s} last training loss: float {epoch.float_losses[-1]:.3f}  "
@@ -127,7 +129,7 @@ def main(names: list[str]) -> None:
               f"int8 {epoch.file_metrics['val_loss']:.3f}  {epoch.seconds:5.1f} s", flush=True)  # fmt: skip
         epochs.append(epoch)
     if not names:
-        PAGE.write_text(page(rows, epochs), encoding="utf8")
+        PAGE.write_text(page(rows, of_files, epochs), encoding="utf8")
 
 
 if __name__ == "__main__":
