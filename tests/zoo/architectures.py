@@ -57,9 +57,11 @@ _WITHOUT: dict[str, dict[str, str]] = {
     "swin_v2_t": {"openvino": _WRONG},
     "maxvit_t": {"openvino": _WRONG},
     "levit_128s": {"openvino": _WRONG},
+    "resmlp_12_224": {"openvino": _WRONG},
     "edgenext_xx_small": {"openvino": "OpenVINO cannot compile it"},
     "efficientnet_lite0": dict.fromkeys(("onnx", "openvino"), AMPLIFIES),
     "tf_efficientnet_lite0": {"openvino": AMPLIFIES},
+    "selecsls42b": dict.fromkeys(("onnx", "openvino"), AMPLIFIES),
     "distilbert": {"openvino": _WRONG},
     "vit": dict.fromkeys(
         ("onnx", "openvino"), "transformers makes a mask while torch.export follows it, and none else"
