@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -152,3 +153,24 @@ def poisoned(net: nn.Sequential, conv: int = 10) -> nn.Sequential:
         norm.bias[0] *= 3000
         (following.weight[0] if following.groups > 1 else following.weight[:, 0]).div_(3000)
     return net
+
+
+Network = tuple[Callable[[], nn.Module], tuple[int, ...]]
+#: One of each kind, and the shape of its input.
+NETWORKS: dict[str, Network] = {
+    "residual": (Residual, (4, 3, 8, 8)),
+    "mlp": (Mlp, (5, 4)),
+    "lstm": (lambda: nn.LSTM(3, 5, batch_first=True), (4, 6, 3)),
+    "transformer": (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), (4, 5, 8)),
+}
+
+
+def exportable(network: Network) -> tuple[nn.Module, torch.Tensor]:
+    """The network after calibration on noise, ready for its neutral form, and the noise."""
+    make, shape = network
+    torch.manual_seed(0)
+    model = make().eval()
+    if isinstance(model, Residual):
+        settle(model)
+    x = torch.randn(shape)
+    return calibrated(model, x), x

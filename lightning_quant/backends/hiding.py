@@ -210,7 +210,7 @@ def _clamped(
     limits: tuple[float, float], new: bool, observer: nn.Module, args: tuple[torch.Tensor]
 ) -> tuple[torch.Tensor]:
     if new and not torch.is_grad_enabled():
-        return (args[0].clamp_(*limits),)  # a copy of every activation is a tenth of a calibration
+        return (args[0].clamp_(*limits),)  # no copy of every activation
     return (args[0].clamp(*limits),)
 
 

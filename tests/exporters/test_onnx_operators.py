@@ -6,10 +6,11 @@ import copy
 from collections import Counter
 from typing import Any
 
+import models
 import onnx
 import pytest
 import torch
-from models import Mlp, Residual, calibrated, decibels, settle
+from models import Network, calibrated, decibels, exportable
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
@@ -50,23 +51,12 @@ class Overwriting(nn.Module):
 
 #: Steps that compute sizes, or change nothing else.
 SIZES = ("Shape", "Gather", "Concat", "Reshape", "Constant", "Mul")
-NETWORKS: dict[str, tuple[Any, tuple[int, ...]]] = {
-    "many": (Many, (4, 3, 8, 8)),
-    "residual": (Residual, (4, 3, 8, 8)),
-    "mlp": (Mlp, (5, 4)),
-    "lstm": (lambda: nn.LSTM(3, 5, batch_first=True), (4, 6, 3)),
-    "transformer": (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), (4, 5, 8)),
-}
+NETWORKS: dict[str, Network] = {"many": (Many, (4, 3, 8, 8)), **models.NETWORKS}
 
 
 def program_of(name: str) -> tuple[Program, torch.Tensor]:
-    torch.manual_seed(0)
-    make, shape = NETWORKS[name]
-    model = make().eval()
-    if name == "residual":
-        settle(model)
-    x = torch.randn(shape)
-    return to_program(qdq(calibrated(model, x)), (x,), ((),)), x
+    prepared, x = exportable(NETWORKS[name])
+    return to_program(qdq(prepared), (x,), ((),)), x
 
 
 def table_of(program: Program, monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import models
 import numpy as np
 import onnx_ir
 import onnxruntime
@@ -12,7 +13,7 @@ import onnxscript.optimizer
 import onnxscript.rewriter
 import pytest
 import torch
-from models import Mlp, Residual, calibrated, settle
+from models import Network, exportable
 from torch import nn
 from torch.nn import functional as F
 
@@ -35,27 +36,16 @@ class Roundabout(nn.Module):
         return (x[:, :, 2:30] + 0.0) / 1.0 + torch.arange(28).float().sqrt()
 
 
-NETWORKS: dict[str, tuple[Any, tuple[int, ...]]] = {
-    "residual": (Residual, (4, 3, 8, 8)),
-    "mlp": (Mlp, (5, 4)),
-    "lstm": (lambda: nn.LSTM(3, 5, batch_first=True), (4, 6, 3)),
-    "transformer": (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), (4, 5, 8)),
-    "roundabout": (Roundabout, (4, 3, 8, 8)),
-}
+NETWORKS: dict[str, Network] = {**models.NETWORKS, "roundabout": (Roundabout, (4, 3, 8, 8))}
 
 
 def written(name: str) -> tuple[Any, tuple[int, ...]]:
     """The graph as torch.onnx gives it."""
-    torch.manual_seed(0)
-    make, shape = NETWORKS[name]
-    model = make().eval()
-    if name == "residual":
-        settle(model)
-    x = torch.randn(shape)
-    program = to_program(qdq(calibrated(model, x)), (x,), ((),))
+    prepared, x = exportable(NETWORKS[name])
+    program = to_program(qdq(prepared), (x,), ((),))
     exported = torch.onnx.export(Quick.of(program), (), dynamo=True, verbose=False, optimize=False)
     assert exported is not None
-    return exported.model, shape
+    return exported.model, tuple(x.shape)
 
 
 def steps(model: Any) -> Counter[str]:

@@ -65,8 +65,8 @@ def test_a_file_that_a_runtime_does_not_run_is_refused(entry: Architecture, tmp_
     """And nothing is written: a runtime that is wrong is found by comparing."""
     _skip_if_missing(entry)
     _, prepared = calibrated(entry)
-    for name in entry.without:
-        config = ExportConfig(directory=str(tmp_path), formats=(name,))  # type: ignore[arg-type]
+    for name in (name for name in FORMATS if name in entry.without):
+        config = ExportConfig(directory=str(tmp_path), formats=(name,))
         with pytest.raises(
             ExportError, match=r"computes something else|export of forward failed|a file cannot hold it"
         ):
