@@ -20,6 +20,7 @@ from lightning_quant._torch_ao import quiet
 from lightning_quant.backends.graph import place_of
 from lightning_quant.backends.int8_weight import int8_weight
 from lightning_quant.errors import ExportError
+from lightning_quant.exporters.capture import capture
 
 _OPS = torch.ops.quantized_decomposed
 _DEQUANTIZERS = (_OPS.dequantize_per_channel.default, _OPS.dequantize_per_tensor.default)
@@ -96,18 +97,6 @@ def _attribute(module: nn.Module, path: str) -> Any:
     return value
 
 
-class Variadic(nn.Module):
-    """One signature for every program, so that the shapes of its inputs can be said in one way."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *data: Any) -> Any:
-        """What the program gives."""
-        return self.module(*data)
-
-
 def to_program(
     module: nn.Module,
     inputs: tuple[Any, ...],
@@ -134,9 +123,7 @@ def to_program(
     try:
         with quiet(), warnings.catch_warnings(), torch.no_grad():
             warnings.filterwarnings("ignore", module="torch.export")
-            program = torch.export.export(
-                Variadic(module).eval(), (*inputs, *state), dynamic_shapes=(shapes,), strict=False
-            )
+            program = capture(module.eval(), (*inputs, *state), shapes)
     except RuntimeError as error:  # torch.export's own errors, and those of the operators that it runs
         raise ExportError(
             f"torch.export cannot capture the model with a free batch dimension: {error}\nLeave the part that it names "
