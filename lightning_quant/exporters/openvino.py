@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from lightning_quant._torch_ao import quiet
 from lightning_quant.errors import ExportError, MissingExtraError
 from lightning_quant.exporters import onnx
 from lightning_quant.exporters.onnx_bits import fits, packed
+from lightning_quant.exporters.openvino_rewrites import rewrite
 
 METADATA_KEY = "lightning_quant"
 
@@ -47,7 +47,7 @@ def export(program: torch.export.ExportedProgram, path: Path, metadata: dict[str
                 converted = openvino.convert_model(str(between))
         except RuntimeError as error:  # OpenVINO's own errors
             raise ExportError(f"OpenVINO cannot read this model: {error}") from error
-        _use_hsigmoid(converted)
+        rewrite(converted)
         stored = _store_weights_in_4_bits(converted)  # to be kept: constants read its memory
         converted.set_rt_info(json.dumps(metadata), [METADATA_KEY])
         # not in half precision: the rest of the model is what it is in the program
@@ -97,21 +97,3 @@ def _leave_out_zero_points(model: Any) -> None:
         zero_point = stored.get(node.input[2])
         if zero_point is not None and not numpy_helper.to_array(zero_point).any():
             del node.input[2]
-
-
-def _use_hsigmoid(model: Any) -> None:
-    """Say ``HSigmoid`` where ONNX says ``HardSigmoid`` with torch's slope and offset.
-
-    The plugin for CPUs fuses the first with what stands around it, and runs the second by itself, in float32.
-    """
-    from openvino import opset13, utils
-
-    for node in model.get_ordered_ops():
-        if node.get_type_name() != "HardSigmoid":
-            continue
-        slope, offset = (node.input_value(index).get_node() for index in (1, 2))
-        if not all(value.get_type_name() == "Constant" for value in (slope, offset)):
-            continue
-        if math.isclose(slope.data.item(), 1 / 6, rel_tol=1e-6) and offset.data.item() == 0.5:
-            new = opset13.hsigmoid(node.input_value(0), name=node.get_friendly_name())
-            utils.replace_node(node, new)

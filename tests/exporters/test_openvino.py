@@ -18,7 +18,7 @@ import torch
 from models import Residual, TwoInputs, calibrated, decibels, settle
 from torch import nn
 
-from lightning_quant import ArtifactError, ExportConfig, MissingExtraError, QuantConfig, export, load
+from lightning_quant import ArtifactError, ExportConfig, MissingExtraError, QuantConfig, convert, export, load
 from lightning_quant.analysis.kernels import kernels
 from lightning_quant.runtime import METADATA_KEY
 from lightning_quant.runtime.of_openvino import ANY, SHAPES
@@ -136,13 +136,87 @@ def test_hard_sigmoids_are_what_openvino_fuses(tmp_path: Path) -> None:
 def test_a_hard_sigmoid_with_a_slope_of_its_own_stays() -> None:
     from openvino import Model, opset13
 
-    from lightning_quant.exporters.openvino import _use_hsigmoid
+    from lightning_quant.exporters.openvino_rewrites import rewrite
 
     x = opset13.parameter([1, 4], np.float32)
     slope, offset = (opset13.constant(value, np.float32) for value in (0.2, 0.5))
     model = Model([opset13.hard_sigmoid(x, slope, offset)], [x])
-    _use_hsigmoid(model)
+    rewrite(model)
     assert [node.get_type_name() for node in model.get_ops()].count("HardSigmoid") == 1
+
+
+class Tokens(nn.Module):
+    """The mean over tokens of a residual block, with an offset for each channel in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.offset = nn.Parameter(torch.randn(1, 1, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.first(x))
+        return self.head((self.offset + (x + self.second(x))).mean(1))
+
+
+def _biases_alike(value: float | None) -> nn.Sequential:
+    """Linear layers without biases, or with the same one for each channel."""
+    net = nn.Sequential(*(nn.Linear(32, width, bias=value is not None) for width in (32, 32)), nn.Linear(32, 8))
+    for layer in net:
+        if layer.bias is not None:
+            nn.init.constant_(layer.bias, value or 0.0)
+    return nn.Sequential(net[0], nn.ReLU(), net[1], nn.ReLU(), net[2]).eval()
+
+
+def _padded_average() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 8, 1), nn.AvgPool2d(3, 2, padding=1), nn.Conv2d(8, 4, 1)).eval()
+
+
+SILENTLY_WRONG: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "a mean over tokens": (lambda: Tokens().eval(), (7, 16)),
+    "an average that counts its padding": (_padded_average, (3, 9, 9)),
+    "linear layers without biases": (lambda: _biases_alike(None), (32,)),
+    "linear layers with biases of 0": (lambda: _biases_alike(0.0), (32,)),
+    "linear layers with biases that are one": (lambda: _biases_alike(0.5), (32,)),
+}
+
+
+@pytest.mark.parametrize("name", SILENTLY_WRONG)
+def test_what_openvino_itself_computes_wrongly(name: str, tmp_path: Path) -> None:
+    """With two threads: the number decides which kernels it takes."""
+    make, shape = SILENTLY_WRONG[name]
+    torch.manual_seed(0)
+    model = make()
+    prepared = calibrated(model, torch.randn(64, *shape), config=CONFIG)
+    path = export(prepared, None, ExportConfig(directory=tmp_path, formats=("openvino",)), torch.randn(3, *shape))
+    converted = convert(prepared)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        loaded = load(path["openvino"])
+        for size in (1, 2, 4, 8, 16):
+            x = torch.randn(size, *shape)
+            with torch.no_grad():
+                assert decibels(converted(x), loaded(x)) > 25, size
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_it_computes_rightly_stays() -> None:
+    from openvino import Model, opset13
+
+    from lightning_quant.exporters.openvino_rewrites import rewrite
+
+    x = opset13.parameter([2, 4, 8, 8], np.float32)
+    low, high = opset13.constant(np.float32(0)), opset13.constant(np.float32(1))
+    positive = opset13.fake_quantize(x, low, high, low, high, 256)
+    pooled = opset13.avg_pool(positive, [1, 1], [1, 1], [1, 1], [3, 3], False)
+    pixels = opset13.reduce_mean(pooled, opset13.constant([2, 3]), keep_dims=False)
+    weight = opset13.convert(opset13.constant(np.ones((4, 4), np.int8)), np.float32)
+    product = opset13.matmul(pixels, weight, False, True)
+    model = Model([opset13.add(product, opset13.constant(np.arange(4, dtype=np.float32)))], [x])
+    before = [node.get_type_name() for node in model.get_ordered_ops()]
+    rewrite(model)
+    assert [node.get_type_name() for node in model.get_ordered_ops()] == before
 
 
 @pytest.mark.parametrize("name", ["convnet", "encoder"])

@@ -52,20 +52,11 @@ class Architecture:
 
 #: Two runtimes that round one value in a million otherwise differ by more than a file may.
 AMPLIFIES = "no files: random weights amplify what runtimes round otherwise"
-_WRONG = "OpenVINO computes something else than ONNX Runtime from the same file"
 _WITHOUT: dict[str, dict[str, str]] = {
-    "swin_v2_t": {"openvino": _WRONG},
-    "maxvit_t": {"openvino": _WRONG},
-    "levit_128s": {"openvino": _WRONG},
-    "resmlp_12_224": {"openvino": _WRONG},
     "edgenext_xx_small": {"openvino": "OpenVINO cannot compile it"},
     "efficientnet_lite0": dict.fromkeys(("onnx", "openvino"), AMPLIFIES),
     "tf_efficientnet_lite0": {"openvino": AMPLIFIES},
     "selecsls42b": dict.fromkeys(("onnx", "openvino"), AMPLIFIES),
-    "distilbert": {"openvino": _WRONG},
-    "vit": dict.fromkeys(
-        ("onnx", "openvino"), "transformers makes a mask while torch.export follows it, and none else"
-    ),
 }
 
 
@@ -193,7 +184,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _torchvision("convnext_tiny", "convnext"),
     _torchvision("vit_b_32", "vit", 96, image_size=96),
     _torchvision("swin_t", "swin"),
-    _torchvision("swin_v2_t", "swin"),
+    _torchvision("swin_v2_t", "swin", 256),
     _torchvision("maxvit_t", "maxvit", 224),
     _torchvision("fcn_resnet50", "segmentation", 64, weights_backbone=None),
     _torchvision("deeplabv3_mobilenet_v3_large", "segmentation", 96, weights_backbone=None),
