@@ -94,7 +94,7 @@ def _is_positive(node: Any) -> bool:
 
 
 def _tell_channels_apart(model: Any) -> None:
-    """Give linear layers without a bias, or with the same one for each channel, one that is not the same, and no other.
+    """Give linear layers without a bias, or with the same one for each of several channels, one that differs.
 
     The plugin for CPUs computes a sequence of up to 256 wide ones in one kernel, unless they have biases, and that
     kernel is silently wrong with int8 and some batch sizes: 4 and 8, with two threads.
@@ -112,6 +112,8 @@ def _tell_channels_apart(model: Any) -> None:
             continue
         shape = output.get_partial_shape()
         channels = shape[len(shape) - 1].get_length()
+        if channels == 1:
+            continue
         bias = numpy.full(channels, _ALMOST_ZERO, numpy.float32)
         bias[1::2] *= -1
         summed = opset13.add(output, opset13.constant(bias))

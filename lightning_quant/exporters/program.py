@@ -15,7 +15,7 @@ from lightning_quant.arguments import Interface, with_batch
 from lightning_quant.backends.graph import Prepared, engine
 from lightning_quant.config import Method, QuantConfig, formats_of
 from lightning_quant.errors import ExportError, first_line, where
-from lightning_quant.exporters.capture import capture
+from lightning_quant.exporters.torch_export import capture
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def check_exportable(program: Program) -> None:
     source = program.qdq() if program.method != "dynamic" else program.converted
     try:
         with quiet(), torch.no_grad():
-            capture(source.eval(), inputs)
+            capture(source, inputs)
     except Exception as error:  # torch.export's own errors, and those of the code that it runs
         reason = str(error).strip().split("\n")[0]
         raise ExportError(

@@ -20,7 +20,7 @@ from lightning_quant._torch_ao import quiet
 from lightning_quant.backends.graph import place_of
 from lightning_quant.backends.int8_weight import int8_weight
 from lightning_quant.errors import ExportError
-from lightning_quant.exporters.capture import capture
+from lightning_quant.exporters.torch_export import capture
 
 _OPS = torch.ops.quantized_decomposed
 _DEQUANTIZERS = (_OPS.dequantize_per_channel.default, _OPS.dequantize_per_tensor.default)
@@ -123,7 +123,7 @@ def to_program(
     try:
         with quiet(), warnings.catch_warnings(), torch.no_grad():
             warnings.filterwarnings("ignore", module="torch.export")
-            program = capture(module.eval(), (*inputs, *state), shapes)
+            program = capture(module, (*inputs, *state), shapes)
     except RuntimeError as error:  # torch.export's own errors, and those of the operators that it runs
         raise ExportError(
             f"torch.export cannot capture the model with a free batch dimension: {error}\nLeave the part that it names "

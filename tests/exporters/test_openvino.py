@@ -213,7 +213,9 @@ def test_what_it_computes_rightly_stays() -> None:
     pixels = opset13.reduce_mean(pooled, opset13.constant([2, 3]), keep_dims=False)
     weight = opset13.convert(opset13.constant(np.ones((4, 4), np.int8)), np.float32)
     product = opset13.matmul(pixels, weight, False, True)
-    model = Model([opset13.add(product, opset13.constant(np.arange(4, dtype=np.float32)))], [x])
+    with_bias = opset13.add(product, opset13.constant(np.arange(4, dtype=np.float32)))
+    to_one = opset13.convert(opset13.constant(np.ones((1, 4), np.int8)), np.float32)
+    model = Model([opset13.matmul(with_bias, to_one, False, True)], [x])
     before = [node.get_type_name() for node in model.get_ordered_ops()]
     rewrite(model)
     assert [node.get_type_name() for node in model.get_ordered_ops()] == before

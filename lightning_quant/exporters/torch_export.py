@@ -33,18 +33,26 @@ class _Variadic(nn.Module):
 def capture(
     module: nn.Module, inputs: tuple[Any, ...], shapes: tuple[Any, ...] | None = None
 ) -> torch.export.ExportedProgram:
-    """``module`` by ``torch.export.export``, which is not strict.
+    """``module`` by ``torch.export.export``, not strict.
 
     Code that asks ``torch.compiler.is_exporting()`` may call its layers otherwise than it did when these were captured:
     transformers makes a mask for every attention then. Where a layer refuses that, the answer becomes no, as it was.
 
     Args:
-        module: In evaluation mode; takes the data by position.
+        module: Takes the data by position; put into evaluation mode.
         inputs: Its arguments.
-        shapes: Of each of them, which dimensions are free.
+        shapes: Of each of them, which dimensions are free; None: all are fixed.
+
+    Raises:
+        RuntimeError: Of torch.export, or of the operators that it runs.
     """
     dynamic = None if shapes is None else (shapes,)
+
+    def exported(noticed: bool) -> torch.export.ExportedProgram:
+        root = _Variadic(module, noticed).eval()
+        return torch.export.export(root, inputs, dynamic_shapes=dynamic, strict=False)
+
     try:
-        return torch.export.export(_Variadic(module, True).eval(), inputs, dynamic_shapes=dynamic, strict=False)
+        return exported(True)
     except CaptureError:
-        return torch.export.export(_Variadic(module, False).eval(), inputs, dynamic_shapes=dynamic, strict=False)
+        return exported(False)
