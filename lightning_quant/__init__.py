@@ -15,6 +15,7 @@ from lightning_quant.corrections import (
     choose_ranges,
     correct,
     cross_layer_equalization,
+    gptq,
     smoothquant,
 )
 from lightning_quant.diagnosis import Diagnosis, Trial, diagnose
@@ -77,6 +78,7 @@ __all__ = [
     "diagnose",
     "export",
     "export_checkpoint",
+    "gptq",
     "load",
     "plan",
     "plot_sensitivity",

@@ -39,9 +39,13 @@ CorrectionName = Literal[
     "smoothquant",
     "choose_ranges",
     "adaround",
+    "gptq",
     "analytic_bias_correction",
     "bias_correction",
 ]
+
+#: Those that make up for errors of rounding: one of them at the most.
+MAKING_UP: tuple[CorrectionName, ...] = ("adaround", "gptq", "analytic_bias_correction", "bias_correction")
 
 ClassPath = str
 if not TYPE_CHECKING:  # so that a command line refuses what is neither a word of ours nor a path
@@ -285,9 +289,9 @@ class QuantConfig:
         layers: What is different for some layers: other observers or schemes, float, a user's own classes, modules to
             keep whole. An entry that matches nothing is an error.
         corrections: What is corrected after calibration, before the model is converted, each as its paper has it:
-            ``cross_layer_equalization``, ``smoothquant``, ``choose_ranges``, ``adaround``,
-            ``analytic_bias_correction`` (without data) or ``bias_correction``. They are applied in this order, whatever
-            order is given. Of ``method="static"`` alone. Empty: nothing.
+            ``cross_layer_equalization``, ``smoothquant``, ``choose_ranges``, and one of ``adaround``, ``gptq``,
+            ``analytic_bias_correction`` (without data) and ``bias_correction``. They are applied in this order,
+            whatever order is given. Of ``method="static"`` alone. Empty: nothing.
         reduce_range: Quantize weights to 7 bits. Needed on x86 CPUs without VNNI, whose int8 multiply-add saturates at
             16 bits. None: decided from this CPU, and written into every file.
         jit: With ``backend="torchscript"``: ``trace`` or ``script`` the model.
@@ -372,15 +376,12 @@ def _ordered(corrections: Any) -> tuple[CorrectionName, ...]:
         _check_choice("QuantConfig", "corrections", name, known)
     if len({*corrections}) != len(tuple(corrections)):
         raise ConfigError(f"QuantConfig(corrections={tuple(corrections)!r}): name each correction once.")
-    if {"analytic_bias_correction", "bias_correction"} <= {*corrections}:
+    making_up = [name for name in known if name in corrections and name in MAKING_UP]
+    if len(making_up) > 1:
         raise ConfigError(
-            f"QuantConfig(corrections={tuple(corrections)!r}): analytic_bias_correction and bias_correction would both "
-            "take the same shift off the biases. Use bias_correction where there is data, and leave out the other."
-        )
-    if {"analytic_bias_correction", "adaround"} <= {*corrections}:
-        raise ConfigError(
-            f"QuantConfig(corrections={tuple(corrections)!r}): adaround leaves weights that are rounded already, in "
-            "which analytic_bias_correction finds no error. Use bias_correction instead of it, or leave out adaround."
+            f"QuantConfig(corrections={tuple(corrections)!r}): {' and '.join(making_up)} would make up for the same "
+            "errors of rounding, each taking what the other did for an error. Name one: gptq or adaround, "
+            "bias_correction to leave weights as they are, analytic_bias_correction where there is no data."
         )
     return tuple(name for name in known if name in corrections)
 

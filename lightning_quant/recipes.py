@@ -25,7 +25,7 @@ int8_static = QuantConfig(activation=TensorSpec(observer="histogram"))
 int8_static_percentile = QuantConfig(activation=TensorSpec(observer="percentile", percentile=99.9))
 #: The same, and corrected after calibration: more accurate, for some passes over a few batches more.
 int8_accurate = QuantConfig(
-    activation=TensorSpec(observer="histogram"), corrections=("smoothquant", "choose_ranges", "bias_correction")
+    activation=TensorSpec(observer="histogram"), corrections=("smoothquant", "choose_ranges", "gptq")
 )
 #: Trained with fake quantize, whose scales follow the ranges.
 int8_qat = QuantConfig(activation=TensorSpec(observer="moving_average"))

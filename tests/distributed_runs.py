@@ -337,7 +337,7 @@ def ptq_in_validate(folder: Path) -> dict[str, Any]:
 
 def corrected(folder: Path) -> dict[str, Any]:
     model = Network()
-    names = ("cross_layer_equalization", "choose_ranges", "bias_correction")
+    names = ("cross_layer_equalization", "choose_ranges", "gptq")
     callback = PostTrainingQuantization(QuantConfig(corrections=names), export=export(folder / "corrected"))
     parallel(callback).validate(model, val_loader(), verbose=False)
     return outcome(callback, model)

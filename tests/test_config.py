@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import FrozenInstanceError, asdict, replace
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -110,25 +110,22 @@ def exactly(text: str) -> str:
         (
             lambda: QuantConfig(corrections=("bias",)),
             "QuantConfig(corrections='bias'): not one of 'cross_layer_equalization', 'smoothquant', 'choose_ranges', "
-            "'adaround', 'analytic_bias_correction', 'bias_correction'. Known: 'adaround', "
+            "'adaround', 'gptq', 'analytic_bias_correction', 'bias_correction'. Known: 'adaround', "
             "'analytic_bias_correction', 'bias_correction', 'choose_ranges', 'cross_layer_equalization', "
-            "'smoothquant'.",
+            "'gptq', 'smoothquant'.",
         ),
         (
             lambda: QuantConfig(corrections=["smoothquant", "smoothquant"]),
             "QuantConfig(corrections=('smoothquant', 'smoothquant')): name each correction once.",
         ),
-        (
-            lambda: QuantConfig(corrections=("bias_correction", "analytic_bias_correction")),
-            "QuantConfig(corrections=('bias_correction', 'analytic_bias_correction')): analytic_bias_correction and "
-            "bias_correction would both take the same shift off the biases. Use bias_correction where there is data, "
-            "and leave out the other.",
-        ),
-        (
-            lambda: QuantConfig(corrections=("adaround", "analytic_bias_correction")),
-            "QuantConfig(corrections=('adaround', 'analytic_bias_correction')): adaround leaves weights that are "
-            "rounded already, in which analytic_bias_correction finds no error. Use bias_correction instead of it, or "
-            "leave out adaround.",
+        *(
+            (
+                lambda first=first, second=second: QuantConfig(corrections=(second, first)),
+                f"QuantConfig(corrections=({second!r}, {first!r})): {first} and {second} would make up for the same "
+                "errors of rounding, each taking what the other did for an error. Name one: gptq or adaround, "
+                "bias_correction to leave weights as they are, analytic_bias_correction where there is no data.",
+            )
+            for first, second in combinations(("adaround", "gptq", "analytic_bias_correction", "bias_correction"), 2)
         ),
         (
             lambda: QuantConfig(corrections=("smoothquant",), backend="torchscript"),

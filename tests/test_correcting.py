@@ -155,16 +155,18 @@ def test_each_graph_of_a_model_is_corrected_on_what_it_is_given(backend: Backend
     torch.testing.assert_close(convert(corrected)(x), net(x), rtol=0, atol=0.03 * float(net(x).detach().abs().max()))
 
 
+@pytest.mark.parametrize("name", ["adaround", "gptq"])
 @pytest.mark.parametrize("backend", ["fx", "eager", "pt2e"])
-def test_four_bits_are_rounded_by_the_callback(backend: BackendName, trained: Any, tmp_path: Path) -> None:
-    """To nearest they lose points of accuracy; learned, they lose fewer, and the bias has what is left."""
+def test_four_bits_are_rounded_by_the_callback(
+    backend: BackendName, name: CorrectionName, trained: Any, tmp_path: Path
+) -> None:
+    """To nearest they lose points of accuracy; otherwise they lose fewer."""
     few = QuantConfig(backend=backend, weight=TensorSpec(bits=4))
     nearest = run(trained, tmp_path / "nearest", few)
-    names = ("adaround", "bias_correction")
-    report = run(trained, tmp_path / "learned", replace(few, corrections=names))
+    report = run(trained, tmp_path / name, replace(few, corrections=(name,)))
     assert report.sqnr_db > nearest.sqnr_db + 3
     assert report.metrics_int8["val_acc"] > report.metrics_float["val_acc"] - 0.02
-    assert [note.split()[1] for note in report.notes if " changed " in note] == [*names]
+    assert [note.split()[1] for note in report.notes if " changed " in note] == [name]
 
 
 def test_they_have_the_order_of_the_config() -> None:

@@ -215,7 +215,7 @@ def test_one_report_whose_metrics_are_those_of_all_data(scenario: str, ranks_fou
 def test_all_ranks_make_the_corrections_of_rank_0(ranks_found: Any) -> None:
     plain, corrected = ranks_found["ptq_in_validate"], ranks_found["corrected"]
     notes = [note for note in corrected[0]["report"]["notes"] if " changed " in note]
-    assert [note.split()[1] for note in notes] == ["cross_layer_equalization", "choose_ranges", "bias_correction"]
+    assert [note.split()[1] for note in notes] == ["cross_layer_equalization", "choose_ranges", "gptq"]
     assert torch.equal(corrected[0]["output"], corrected[1]["output"])
     assert not torch.equal(corrected[0]["output"], plain[0]["output"])
 

@@ -207,9 +207,7 @@ def test_a_module_on_the_gpu_before_there_is_a_trainer() -> None:
 def test_corrections_on_the_gpu(backend: Any) -> None:
     images = (digits()[0][:64] / 16).to(GPU)
     torch.manual_seed(0)
-    config = QuantConfig(
-        backend=backend, corrections=("cross_layer_equalization", "choose_ranges", "adaround", "bias_correction")
-    )
+    config = QuantConfig(backend=backend, corrections=("cross_layer_equalization", "choose_ranges", "gptq"))
     net = convnet().eval().to(GPU)
     graph = prepare(net, config, method="static", example_inputs=images[:2])
     data = list(images.split(16))

@@ -18,6 +18,7 @@ from lightning_quant.config import CorrectionName
 from lightning_quant.corrections.analytic_bias import analytic_bias_correction, check_changed, correct_known
 from lightning_quant.corrections.bias import bias_correction
 from lightning_quant.corrections.equalization import cross_layer_equalization
+from lightning_quant.corrections.gptq import gptq
 from lightning_quant.corrections.ranges import choose_ranges
 from lightning_quant.corrections.rounding import adaround
 from lightning_quant.corrections.smoothing import smoothquant
@@ -34,6 +35,7 @@ __all__ = [
     "choose_ranges",
     "correct",
     "cross_layer_equalization",
+    "gptq",
     "smoothquant",
 ]
 
@@ -47,6 +49,7 @@ CORRECTIONS: Mapping[CorrectionName, Correction] = MappingProxyType(
         "smoothquant": smoothquant,
         "choose_ranges": choose_ranges,
         "adaround": adaround,
+        "gptq": gptq,
         "analytic_bias_correction": correct_known,
         "bias_correction": bias_correction,
     }

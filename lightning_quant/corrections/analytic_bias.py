@@ -18,11 +18,12 @@ from torch import fx, nn
 from lightning_quant.backends.flow import Flow
 from lightning_quant.backends.graph import info, is_graph
 from lightning_quant.backends.weighted import WeightedLayer
+from lightning_quant.config import CorrectionName
 from lightning_quant.corrections.moments import Moments, moments
-from lightning_quant.corrections.recording import changed_without_data, note, refuse_twice
+from lightning_quant.corrections.recording import changed_without_data, note, refuse_second
 from lightning_quant.errors import ConfigError
 
-NAME = "analytic_bias_correction"
+NAME: CorrectionName = "analytic_bias_correction"
 
 
 def analytic_bias_correction(prepared: nn.Module, batches: Iterable[Any] = ()) -> nn.Module:
@@ -34,8 +35,6 @@ def analytic_bias_correction(prepared: nn.Module, batches: Iterable[Any] = ()) -
     is several), that are behind a max pooling, a SiLU or a product, that are called more than once, or that have no
     place for a bias. Zeros around a padded image count as what is inside of it.
 
-    Weights that :func:`lightning_quant.adaround` has rounded have no error left, and their layers stay as well.
-
     Args:
         prepared: From :func:`lightning_quant.prepare` for ``static``, by ``fx``, ``eager`` or ``pt2e``. Its observers
             may have seen no data yet. Not changed: the copy has other biases, and biases where there were none.
@@ -43,8 +42,8 @@ def analytic_bias_correction(prepared: nn.Module, batches: Iterable[Any] = ()) -
 
     Raises:
         CaptureError: ``prepared`` does not come from ``prepare``.
-        ConfigError: No layer could be corrected; biases were corrected before; the method or the backend is another
-            one.
+        ConfigError: No layer could be corrected; another correction made up for errors of rounding already; the method
+            or the backend is another one.
     """
     corrected = correct_known(prepared, batches)
     check_changed(module for module in corrected.modules() if is_graph(module))
@@ -70,11 +69,6 @@ def check_changed(graphs: Iterable[nn.Module]) -> None:
     if not changes or any(changes):
         return
     folded = any(info(graph).normals for graph in found)
-    if folded and any(one.name == "adaround" for graph in found for one in info(graph).corrected):
-        raise ConfigError(
-            f"{NAME}: adaround has rounded the weights already, so that no error of them is left, and no bias was "
-            "corrected. Use bias_correction, which measures what roundings of activations do, too."
-        )
     why = (
         "no layer with weights in int8 reads what one with a folded batch norm gives, through what keeps means known"
         if folded
@@ -87,7 +81,7 @@ def check_changed(graphs: Iterable[nn.Module]) -> None:
 
 def correct_biases(graph_module: fx.GraphModule) -> None:
     """Change the biases of one graph."""
-    refuse_twice(graph_module, NAME)
+    refuse_second(graph_module, NAME)
     flow = Flow(graph_module)
     known = moments(graph_module)
     done = 0

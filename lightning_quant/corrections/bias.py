@@ -7,7 +7,8 @@ bias, layer after layer, each with what was corrected before it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from lightning_quant.analysis.simulation import simulate_graph, simulation, swit
 from lightning_quant.analysis.switches import SwitchedLayer
 from lightning_quant.backends.graph import engine, info
 from lightning_quant.backends.weighted import WeightedLayer, weighted_layers
-from lightning_quant.corrections.recording import Calls, changed, note, refuse_twice
+from lightning_quant.corrections.recording import Calls, changed, note, refuse_second
 
 
 def bias_correction(prepared: nn.Module, batches: Iterable[Any]) -> nn.Module:
@@ -37,14 +38,48 @@ def bias_correction(prepared: nn.Module, batches: Iterable[Any]) -> nn.Module:
     Raises:
         CaptureError: ``prepared`` does not come from ``prepare``.
         CalibrationError: An observer saw no data.
-        ConfigError: There is no batch; biases were corrected before; the method or the backend is another one.
+        ConfigError: There is no batch; another correction made up for errors of rounding already; the method or the
+            backend is another one.
     """
     return changed(prepared, batches, correct_biases)
 
 
+@dataclass(frozen=True)
+class Reached:
+    """A layer in front of which the float model and the quantized one stand, with all batches.
+
+    Attributes:
+        layer: Of the prepared graph.
+        number: Of its node, in both runners.
+        floats: Runs everything in float.
+        rounded: Runs everything rounded, with what was corrected so far.
+        runs: Of each batch, the values of either that are still read.
+    """
+
+    layer: WeightedLayer
+    number: int
+    floats: Runner
+    rounded: Runner
+    runs: list[tuple[dict[fx.Node, Any], dict[fx.Node, Any]]]
+
+
 def correct_biases(graph_module: fx.GraphModule, calls: Calls) -> None:
     """Change the biases of one graph."""
-    refuse_twice(graph_module, "bias_correction")
+    refuse_second(graph_module, "bias_correction")
+    note(graph_module, "bias_correction", match_means(graph_module, calls), "layers")
+
+
+def match_means(
+    graph_module: fx.GraphModule, calls: Calls, visit: Callable[[Reached], None] = lambda reached: None
+) -> int:
+    """Let each layer of a graph have the mean of the float model, from the first to the last. Gives how many do.
+
+    Args:
+        graph_module: Its biases are changed.
+        calls: What it is given.
+        visit: Called in front of each of these layers, before its bias is changed. It may change the layer's weight, in
+            the graph and in ``Reached.rounded``.
+    """
     layers = weighted_layers(graph_module)
     by_node = {name: layer for layer in layers for name in layer.nodes}
     by_name = {layer.name: layer for layer in layers}
@@ -58,16 +93,20 @@ def correct_biases(graph_module: fx.GraphModule, calls: Calls) -> None:
             if layer is not None and once and layer.can_have_bias:
                 correctable[name] = layer
     with torch.no_grad(), engine(info(graph_module).config.engine):
-        shifts = _shifts(Runner(floats), Runner(rounded), calls, correctable)
+        shifts = _shifts(Runner(floats), Runner(rounded), calls, correctable, visit)
     for name, shift in shifts.items():
         layer = correctable[name]
         before = layer.bias
         layer.set_bias(shift if before is None else before + shift.to(before.device))
-    note(graph_module, "bias_correction", len(shifts), "layers")
+    return len(shifts)
 
 
 def _shifts(
-    floats: Runner, rounded: Runner, calls: Calls, correctable: dict[str, WeightedLayer]
+    floats: Runner,
+    rounded: Runner,
+    calls: Calls,
+    correctable: dict[str, WeightedLayer],
+    visit: Callable[[Reached], None],
 ) -> dict[str, torch.Tensor]:
     """Node of each layer -> ``(output channels,)``, what its bias lacks."""
     runs = [(floats.start(_cloned(call)), rounded.start(_cloned(call))) for call in calls]
@@ -79,25 +118,33 @@ def _shifts(
                 floats.step(values, number)
                 rounded.step(values_q, number)
             continue
-        total, count = torch.zeros(layer.output_channels, dtype=torch.float64), 0
-        outputs = []
-        for values, values_q in runs:
-            y, y_q = _before_activation(floats, number, values), _before_activation(rounded, number, values_q)
-            axis = layer.channel_axis(y)
-            error = (y - y_q).transpose(axis, -1).reshape(-1, layer.output_channels).double()
-            total, count = total + error.sum(0), count + error.shape[0]
-            outputs.append((y, y_q, axis))
-        shift = (total / max(count, 1)).float()
-        found[node.name] = shift
-        for (values, values_q), (y, y_q, axis) in zip(runs, outputs, strict=True):
-            along = [1] * y_q.dim()
-            along[axis] = -1
-            values[floats.nodes[number]] = _after(floats, number, y)
-            values_q[node] = _after(rounded, number, y_q + shift.to(y_q.dtype).reshape(along))
-            for runner, kept in ((floats, values), (rounded, values_q)):
-                for dead in runner.last.get(number, ()):
-                    kept.pop(dead, None)
+        reached = Reached(layer, number, floats, rounded, runs)
+        visit(reached)
+        found[node.name] = _shift(reached)
     return found
+
+
+def _shift(reached: Reached) -> torch.Tensor:
+    """What the bias of a layer lacks. Both passes go on behind the layer, with that bias."""
+    layer, number, floats, rounded = reached.layer, reached.number, reached.floats, reached.rounded
+    total, count = torch.zeros(layer.output_channels, dtype=torch.float64), 0
+    outputs = []
+    for values, values_q in reached.runs:
+        y, y_q = _before_activation(floats, number, values), _before_activation(rounded, number, values_q)
+        axis = layer.channel_axis(y)
+        error = (y - y_q).transpose(axis, -1).reshape(-1, layer.output_channels).double()
+        total, count = total + error.sum(0), count + error.shape[0]
+        outputs.append((y, y_q, axis))
+    shift = (total / max(count, 1)).float()
+    for (values, values_q), (y, y_q, axis) in zip(reached.runs, outputs, strict=True):
+        along = [1] * y_q.dim()
+        along[axis] = -1
+        values[floats.nodes[number]] = _after(floats, number, y)
+        values_q[rounded.nodes[number]] = _after(rounded, number, y_q + shift.to(y_q.dtype).reshape(along))
+        for runner, kept in ((floats, values), (rounded, values_q)):
+            for dead in runner.last.get(number, ()):
+                kept.pop(dead, None)
+    return shift
 
 
 def _before_activation(runner: Runner, number: int, values: dict[fx.Node, Any]) -> torch.Tensor:

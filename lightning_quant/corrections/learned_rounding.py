@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lightning_quant.corrections.grids import Grid
+
 #: Equation 23: the sigmoid is stretched to these ends.
 _LEAST, _MOST = -0.1, 1.1
 #: Share of the iterations before the second term begins (Nagel et al., and AIMET).
@@ -39,31 +41,6 @@ _ON_GRID = 1e-4
 _LOOK_EVERY = 50
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grid:
-    """The values that a weight can have: ``(q - zero_point) * scale`` for ``low <= q <= high``.
-
-    Attributes:
-        scale: ``(groups, outputs, 1)``, float32.
-        zero_point: Shaped the same, whole numbers in float32.
-        low: The least integer.
-        high: The largest one.
-    """
-
-    scale: torch.Tensor
-    zero_point: torch.Tensor
-    low: int
-    high: int
-
-    def nearest(self, weight: torch.Tensor) -> torch.Tensor:
-        """The integers of ``weight``, rounded to nearest, in float32."""
-        return (torch.round(weight / self.scale) + self.zero_point).clamp(self.low, self.high)
-
-    def values(self, integers: torch.Tensor) -> torch.Tensor:
-        """What integers stand for."""
-        return (integers - self.zero_point) * self.scale
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ its weight as all of them, and cost a small part.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,10 @@ _CONVS: dict[Any, int] = {
     torch.ops.aten.conv1d.padding: 1, torch.ops.aten.conv2d.padding: 2, torch.ops.aten.conv3d.padding: 3,
 }  # fmt: skip
 _LINEARS = (F.linear, torch._C._nn.linear, torch.ops.aten.linear.default)
+#: Positions of the output that a layer is looked at.
+POSITIONS = 8192
+#: Values of the inputs at these positions, at the most: 256 MiB.
+_VALUES = 2**26
 #: Of one value each.
 _ACTIVATIONS: tuple[type[nn.Module], ...] = (
     nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.SiLU, nn.GELU, nn.ELU, nn.LeakyReLU, nn.Sigmoid,
@@ -104,6 +109,30 @@ class Product:
         for dim, (kernel, stride, dilation) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True), 2):
             x = x.unfold(dim, (kernel - 1) * dilation + 1, stride)[..., ::dilation]
         return x
+
+
+def drawn(
+    product: Product,
+    weight: torch.Tensor,
+    batches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    positions: int,
+    generator: torch.Generator,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What the layer reads at positions that are drawn from all batches, as :meth:`Product.read` gives it.
+
+    Args:
+        product: How the layer is computed.
+        weight: In its layout.
+        batches: What it is given of each batch, in the float model and in the quantized one.
+        positions: How many of all batches together; fewer where they would take too much memory.
+        generator: Draws them.
+    """
+    most = min(positions, max(1, _VALUES // (weight.numel() // weight.shape[0] * product.groups)))
+    for number, (floating, quantized) in enumerate(batches):
+        # as many as there are to be, shared by the batches
+        share = most * (number + 1) // len(batches) - most * number // len(batches)
+        chosen = torch.randperm(product.positions(floating), generator=generator)[:share]
+        yield product.read(floating, chosen), product.read(quantized, chosen)
 
 
 def product_of(runner: Runner, node: fx.Node) -> Product | None:

@@ -16,11 +16,10 @@ from lightning_quant._torch_ao import quiet
 from lightning_quant.backends import as_call
 from lightning_quant.backends.graph import Correction, info, is_graph, sees_weights, with_info
 from lightning_quant.backends.graph import observers as observers_of
+from lightning_quant.config import MAKING_UP, CorrectionName
 from lightning_quant.devices import device_of
 from lightning_quant.errors import CaptureError, ConfigError
 
-#: Corrections that take the shift that rounding the weights makes off the biases.
-OF_BIASES = ("analytic_bias_correction", "bias_correction")
 #: What a graph is given, one tuple for each batch.
 Calls = list[tuple[Any, ...]]
 
@@ -139,21 +138,31 @@ def observe_again(graph_module: nn.Module, calls: Calls) -> None:
             graph_module(*tree_map(_kept, call))
 
 
-def refuse_twice(graph_module: nn.Module, name: str) -> None:
-    """Refuse to correct biases by the shift of rounded weights where one correction took it off already.
+def refuse_second(
+    graph_module: nn.Module, name: CorrectionName, *, may_follow: tuple[CorrectionName, ...] = ()
+) -> None:
+    """Refuse to make up for errors of rounding where another correction has done it.
+
+    Behind it the graph in float is no longer the float model.
+
+    Args:
+        graph_module: Prepared.
+        name: Of the correction.
+        may_follow: Those that it can follow none the less.
 
     Raises:
         ConfigError: One did.
     """
-    done = next((one.name for one in info(graph_module).corrected if one.name in OF_BIASES), None)
+    made = (one.name for one in info(graph_module).corrected if one.name in MAKING_UP and one.name not in may_follow)
+    done = next(made, None)
     if done is not None:
         raise ConfigError(
-            f"{name}: {done} took the shift that rounding makes off the biases already, and it would be taken off "
-            "twice. Give what was not corrected so."
+            f"{name}: {done} made up for errors of rounding already, and {name} would take what it did for an error. "
+            "Give what was not corrected so."
         )
 
 
-def note(graph_module: nn.Module, name: str, changes: int, of: str) -> None:
+def note(graph_module: nn.Module, name: CorrectionName, changes: int, of: str) -> None:
     """Write down what a correction did to a graph, for the report.
 
     Args:

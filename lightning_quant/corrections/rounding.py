@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,23 +15,18 @@ from lightning_quant.analysis.sensitivity import recorded_calls
 from lightning_quant.analysis.simulation import is_simulated, simulate, simulation, switch
 from lightning_quant.backends import as_call
 from lightning_quant.backends.graph import engine, info, is_graph
-from lightning_quant.backends.weighted import WeightedLayer, WeightQuantization, weighted_layers
+from lightning_quant.backends.weighted import WeightedLayer, weighted_layers
+from lightning_quant.corrections.grids import grid_of
 from lightning_quant.corrections.layer_by_layer import Pair, layer_by_layer
-from lightning_quant.corrections.learned_rounding import Grid, Layer, learned_rounding
-from lightning_quant.corrections.products import Product, product_of
-from lightning_quant.corrections.recording import note
+from lightning_quant.corrections.learned_rounding import Layer, learned_rounding
+from lightning_quant.corrections.products import POSITIONS, Product, drawn, product_of
+from lightning_quant.corrections.recording import note, refuse_second
 from lightning_quant.devices import device_of
 from lightning_quant.errors import ConfigError
 from lightning_quant.progress import SILENT, Advance, Progress
 
 #: Steps of Adam for each layer. On a depthwise network with weights of 4 bits more made nothing better.
 ITERATIONS = 1000
-#: Positions of the output that a layer is trained on.
-POSITIONS = 8192
-#: Values of the inputs at these positions, at the most: 256 MiB.
-_VALUES = 2**26
-#: Scales that are tried, as shares of the one whose ends are the largest weight.
-_SHARES = tuple(share / 40 for share in range(40, 13, -1))
 
 
 def adaround(
@@ -52,7 +46,7 @@ def adaround(
     float (AdaRound: Nagel et al. 2020, https://arxiv.org/abs/2004.10568, equation 25). On this data no output of a
     layer is further from float than with the nearest integers. Weights of other layers stay as they are.
 
-    With weights of 8 bits there is little to win; with 4 bits it is most of what is lost.
+    With weights of 4 bits it wins back most of what is lost.
 
     Args:
         prepared: From :func:`lightning_quant.prepare` for ``static``, by ``fx``, ``eager`` or ``pt2e``; its observers
@@ -69,8 +63,8 @@ def adaround(
         :func:`lightning_quant.convert` rounds each to that very integer.
 
     Raises:
-        ConfigError: ``prepared`` was prepared for another method or by ``torchscript``, there is no batch, or a number
-            is too small.
+        ConfigError: ``prepared`` was prepared for another method or by ``torchscript``; another correction made up for
+            errors of rounding already; there is no batch; a number is too small.
         CaptureError: ``prepared`` does not come from :func:`lightning_quant.prepare`.
         CalibrationError: An observer saw no data.
 
@@ -87,6 +81,8 @@ def adaround(
     device = device_of(prepared)
     changed = copy.deepcopy(prepared).cpu().eval()
     graphs = {name: part for name, part in changed.named_modules() if is_graph(part)}
+    for graph in graphs.values():
+        refuse_second(graph, "adaround", may_follow=("adaround",))
     handles = {name: weighted_layers(graph) for name, graph in graphs.items()}
     simulated = simulate(changed)  # refuses what no backend made
     data = tree_map(lambda x: x.cpu() if isinstance(x, torch.Tensor) else x, list(batches))
@@ -147,7 +143,7 @@ class _Rounding:
         self.advance(layer.name)
         weight = layer.weight
         sample = self._sample(node, product, weight, pairs)
-        grid = grid_of(quantization, sample, product)
+        grid = grid_of(quantization, sample.weight, sample.given.square().mean(1, keepdim=True))
         integers = learned_rounding(sample, grid, iterations=self.iterations, generator=self.generator)
         scale = grid.scale.reshape(-1)
         layer.fix_ranges(scale if quantization.axis == 0 else scale[:1])
@@ -159,15 +155,11 @@ class _Rounding:
     def _sample(self, node: fx.Node, product: Product, weight: torch.Tensor, pairs: list[Pair]) -> Layer:
         """The layer at positions that are drawn from all batches."""
         source: Any = self.runner.data_of(node)
-        most = min(self.positions, max(1, _VALUES // (weight.numel() // weight.shape[0] * product.groups)))
+        batches = [(pair.floating[source], pair.quantized[source]) for pair in pairs]
         given, wanted = [], []
-        for number, pair in enumerate(pairs):
-            # as many as there are to be, shared by the batches
-            share = most * (number + 1) // len(pairs) - most * number // len(pairs)
-            count = product.positions(pair.floating[source])
-            drawn = torch.randperm(count, generator=self.generator)[:share]
-            given.append(product.read(pair.quantized[source], drawn))
-            wanted.append(product.gives(product.read(pair.floating[source], drawn), weight))
+        for floating, quantized in drawn(product, weight, batches, self.positions, self.generator):
+            given.append(quantized)
+            wanted.append(product.gives(floating, weight))
         order = torch.randperm(sum(part.shape[1] for part in given), generator=self.generator)
         return Layer(
             weight=product.rows(weight),
@@ -176,39 +168,3 @@ class _Rounding:
             bias=product.bias_row(weight),
             activation=product.activation,
         )
-
-
-@dataclass(frozen=True)
-class _Errors:
-    """Squared error of a weight that is rounded to nearest, weighed by the power of what it is multiplied with."""
-
-    weight: torch.Tensor
-    power: torch.Tensor
-
-    def of(self, grid: Grid, together: bool) -> torch.Tensor:
-        found = (grid.values(grid.nearest(self.weight)) - self.weight).square_().mul_(self.power).sum(-1, keepdim=True)
-        return found.sum().expand_as(found) if together else found
-
-
-def grid_of(quantization: WeightQuantization, layer: Layer, product: Product) -> Grid:
-    """The scale with the least error of rounding to nearest; never so large that no weight is at an end of the range.
-
-    A weight with a zero point keeps its scale.
-    """
-    weight = layer.weight
-    shape = (*weight.shape[:2], 1)
-    scale = quantization.scale.expand(weight.shape[0] * weight.shape[1]).reshape(shape)
-    zero_point = quantization.zero_point.float().expand(scale.numel()).reshape(shape)
-    ends = {"low": quantization.quant_min, "high": quantization.quant_max}
-    best = Grid(scale=scale, zero_point=zero_point, **ends)
-    if bool((zero_point != 0).any()):
-        return best
-    errors = _Errors(weight, layer.given.square().mean(1)[:, None])
-    together = quantization.axis is None
-    least = errors.of(best, together)
-    for share in _SHARES:
-        tried = Grid(scale=scale * share, zero_point=zero_point, **ends)
-        found = errors.of(tried, together)
-        best = Grid(scale=torch.where(found < least, tried.scale, best.scale), zero_point=zero_point, **ends)
-        least = torch.minimum(least, found)
-    return best

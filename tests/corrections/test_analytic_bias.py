@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from lightning_quant import (
     ConfigError,
     TensorSpec,
-    adaround,
     analytic_bias_correction,
     bias_correction,
     convert,
@@ -500,33 +499,6 @@ def test_of_several_graphs_one_may_have_no_batch_norm() -> None:
     assert names == ["first", "second"]
     assert [[one.changes for one in info(graph).corrected] for graph in graphs] == [[2], [0]]
     assert torch.isfinite(convert(corrected)(x)).all()
-
-
-def test_a_shift_is_taken_off_once() -> None:
-    x = batch(8, 3, 8, 8)
-    prepared = observed(randomized(Homogeneous()), "fx", x)
-    known, measured = analytic_bias_correction(prepared), bias_correction(prepared, [x])
-    for first, done in ((known, "analytic_bias_correction"), (measured, "bias_correction")):
-        text = (
-            f"{done} took the shift that rounding makes off the biases already, and it would be taken off twice. Give "
-            "what was not corrected so."
-        )
-        with pytest.raises(ConfigError, match=f"^analytic_bias_correction: {re.escape(text)}$"):
-            analytic_bias_correction(first)
-        with pytest.raises(ConfigError, match=f"^bias_correction: {re.escape(text)}$"):
-            bias_correction(first, [x])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_weights_that_are_rounded_already_have_no_error(backend: str) -> None:
-    x = batch(8, 3, 8, 8)
-    rounded = adaround(observed(randomized(Homogeneous()), backend, x, weight=TensorSpec(bits=4)), [x], iterations=1)
-    text = (
-        "analytic_bias_correction: adaround has rounded the weights already, so that no error of them is left, and no "
-        "bias was corrected. Use bias_correction, which measures what roundings of activations do, too."
-    )
-    with pytest.raises(ConfigError, match=f"^{re.escape(text)}$"):
-        analytic_bias_correction(rounded)
 
 
 def test_other_methods_are_refused() -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import Branching, Residual, calibrated, decibels, mobile, settle
+from correction_nets import knows_digits
+from models import Branching, Residual, calibrated, decibels, settle
 from modules import digits
 from torch import nn
 from torch.nn import functional as F
@@ -124,18 +125,7 @@ def test_nothing_else_changes(backend: Any) -> None:
 
 @pytest.fixture(scope="module")
 def trained() -> nn.Module:
-    """A depthwise network that knows its digits."""
-    images, labels = digits()
-    images = images[:1000] / 16
-    torch.manual_seed(0)
-    net = mobile()
-    optimizer = torch.optim.Adam(net.parameters(), 5e-3)
-    for _ in range(4):
-        for rows in torch.randperm(1000).split(50):
-            optimizer.zero_grad()
-            F.cross_entropy(net(images[rows]), labels[rows]).backward()
-            optimizer.step()
-    return net.eval()
+    return knows_digits()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
