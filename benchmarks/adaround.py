@@ -79,7 +79,10 @@ def run(task: Task, seed: int) -> list[float]:
     found = [accuracy(net, task)]
     for bits in (8, 4):
         prepared = prepare(
-            net, QuantConfig(weight=TensorSpec(bits=bits)), method="static", example_inputs=images[:2]
+            net,
+            QuantConfig(weight=TensorSpec(bits=bits, observer="min_max")),
+            method="static",
+            example_inputs=images[:2],
         ).eval()
         with torch.no_grad():
             prepared(images)

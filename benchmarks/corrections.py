@@ -52,7 +52,9 @@ SETS: tuple[tuple[CorrectionName, ...], ...] = (
     ("choose_ranges",),
     ("analytic_bias_correction",),
     ("bias_correction",),
-    ("smoothquant", "bias_correction"),
+    ("adaround",),
+    ("gptq",),
+    ("smoothquant", "choose_ranges", "bias_correction"),
     CORRECTED,
 )
 PHOTOS = {

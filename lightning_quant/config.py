@@ -30,7 +30,7 @@ DtypeName = Literal["auto", "quint8", "qint8"]
 QschemeName = Literal[
     "auto", "per_tensor_affine", "per_tensor_symmetric", "per_channel_affine", "per_channel_symmetric"
 ]
-ObserverName = Literal["auto", "histogram", "percentile", "entropy", "min_max", "moving_average"]
+ObserverName = Literal["auto", "histogram", "percentile", "entropy", "min_max", "moving_average", "balanced"]
 RoundingName = Literal["auto", "learned", "learned_offset"]
 LayerDtype = Literal["int8", "float"]
 #: In the order in which they are applied.
@@ -127,11 +127,14 @@ class TensorSpec:
         qscheme: One scale per tensor or per output channel, affine (with a zero point) or symmetric. ``auto``:
             ``per_tensor_affine`` for activations; for weights ``per_channel_symmetric``, on ``qnnpack``
             ``per_tensor_symmetric``.
-        observer: How the range is estimated: ``histogram`` (least mean squared error), ``percentile``, ``entropy``
-            (least Kullback-Leibler divergence, as TensorRT), ``min_max``, or ``moving_average`` of min and max.
-            ``auto``: ``histogram`` for static activations, ``moving_average`` in
-            quantization-aware training, ``min_max`` for weights. Or a class of your own that derives from
-            ``torch.ao.quantization.ObserverBase`` (with ``backend="pt2e"``: from torchao's), or its import path.
+        observer: How the range is estimated. Of activations: ``histogram`` (least mean squared error), ``percentile``,
+            ``entropy`` (least Kullback-Leibler divergence, as TensorRT), ``min_max``, or ``moving_average`` of min and
+            max. Of weights: ``min_max``, ``moving_average``, or ``balanced``: a little wider than min and max, where
+            errors of rounding add up to least. ``auto``: ``histogram`` for static activations, ``moving_average`` for
+            those of quantization-aware training; for static weights with one symmetric scale per output channel
+            ``balanced`` (but not by ``torchscript``), and ``min_max`` for other weights. Or a class of your own that
+            derives from ``torch.ao.quantization.ObserverBase`` (with ``backend="pt2e"``: from torchao's), or its import
+            path.
         percentile: With ``observer="percentile"``: per cent of the values that are not above the range, and not below.
         bits: Of the integers: 2 to 8 for weights, 4 to 8 for activations. Kernels compute with 8 bits: fewer lie in the
             smaller range of these, and cost accuracy that training wins back. Files are smaller where a runtime reads
@@ -266,10 +269,21 @@ def _check_specs(owner: str, activation: TensorSpec | None, weight: TensorSpec |
         )
     if weight is not None and weight.dtype == "quint8":
         raise ConfigError(f"{owner}(weight.dtype='quint8'): int8 kernels take signed weights. Use 'qint8'.")
+    if activation is not None and activation.observer == "balanced":
+        raise ConfigError(
+            f"{owner}(activation.observer='balanced'): it looks at what errors of weights add up to. For activations "
+            "use 'histogram', 'percentile', 'entropy', 'min_max' or 'moving_average'."
+        )
+    scales = ("auto", "per_channel_symmetric")
+    if weight is not None and weight.observer == "balanced" and weight.qscheme not in scales:
+        raise ConfigError(
+            f"{owner}(weight.observer='balanced', weight.qscheme={weight.qscheme!r}): it chooses a scale for each "
+            "output channel. Use 'per_channel_symmetric', or observer='min_max'."
+        )
     if weight is not None and weight.observer in HISTOGRAMS:
         raise ConfigError(
             f"{owner}(weight.observer={weight.observer!r}): weights are known in full, a histogram is for activations. "
-            "Use 'min_max' or 'moving_average'."
+            "Use 'balanced', 'min_max' or 'moving_average'."
         )
 
 
@@ -490,6 +504,13 @@ def check_method(config: QuantConfig, method: Method) -> None:
                 f"QuantConfig(activation={spec!r}) with method='dynamic': the range of each activation is "
                 "taken when it is computed. Leave activation at its default, or use method='static'."
             )
+    balanced = any(spec.observer == "balanced" for spec in weights)
+    if balanced and (method == "qat" or config.backend == "torchscript"):
+        reason = "training moves weights" if method == "qat" else "TorchScript graph mode compiles observers"
+        raise ConfigError(
+            f"QuantConfig(weight.observer='balanced') with backend={config.backend!r}, method={method!r}: {reason}, so "
+            "that scales follow min and max. Leave observer at 'auto'."
+        )
     _check_corrections(config, method, activations)
     if few := next((spec for spec in (*activations, *weights) if spec.bits < 8), None):
         _check_bits(config, method, few)

@@ -26,7 +26,8 @@ from lightning_quant._torch_ao import (
     get_default_qat_qconfig_mapping,
     get_default_qconfig_mapping,
 )
-from lightning_quant.config import HISTOGRAMS, Method, QuantConfig, TensorSpec
+from lightning_quant.balanced import BalancedObserver
+from lightning_quant.config import HISTOGRAMS, Method, ObserverName, QuantConfig, TensorSpec
 from lightning_quant.custom import load_class
 from lightning_quant.errors import ConfigError
 from lightning_quant.fake_quantize import FakeQuantize, Sharing
@@ -209,7 +210,24 @@ def _weight(config: QuantConfig, method: Method, *, per_tensor: bool) -> Any:
             own = {"sees_weights": True, "with_offset": spec.fake_quantize == "learned_offset"}
             return LearnedFakeQuantize.with_args(observer=moving, averaging_constant=1.0, **own, **shared)
         return FakeQuantize.with_args(observer=moving, averaging_constant=1.0, **shared)
-    return (moving if spec.observer == "moving_average" else exact).with_args(**shared)
+    name = weight_observer(config, method, qscheme)
+    return {"moving_average": moving, "min_max": exact, "balanced": BalancedObserver}[name].with_args(**shared)
+
+
+def weight_observer(config: QuantConfig, method: Method, qscheme: torch.qscheme) -> ObserverName:
+    """The observer of weights after training, with ``auto`` decided. ``config`` is resolved.
+
+    Balanced are weights with one symmetric scale for each channel, beside activations whose ranges are known: what
+    their errors add up to shifts what all layers behind them give. TorchScript makes code of observers, and takes none
+    but torch's.
+    """
+    wanted = config.weight.observer
+    own: ObserverName = "moving_average"
+    fits = qscheme == torch.per_channel_symmetric and config.backend != "torchscript"
+    if wanted == own:
+        return own
+    # what a layer without a scale for each channel, such as a transposed convolution, is given in any case
+    return "balanced" if fits and (wanted == "balanced" or (wanted == "auto" and method == "static")) else "min_max"
 
 
 def own_observer(spec: TensorSpec) -> Any:
@@ -340,7 +358,7 @@ def in_words(config: QuantConfig, method: Method, kind: type[nn.Module]) -> tupl
         weight,
         dtype="qint8",
         qscheme=qscheme,  # type: ignore[arg-type]
-        observer="min_max" if weight.observer == "auto" else weight.observer,
+        observer=weight_observer(config, method, getattr(torch, qscheme)),
     )
     if method == "dynamic" or issubclass(kind, RNNS):
         return None, weight

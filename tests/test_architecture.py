@@ -34,6 +34,7 @@ LAYERS = (
     ("config",),
     (
         "recipes",
+        "balanced",
         "qat_modules",
         "qconfig",
         "fusion",

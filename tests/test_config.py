@@ -56,7 +56,7 @@ def exactly(text: str) -> str:
         (
             lambda: TensorSpec(observer="minmax"),
             "TensorSpec(observer='minmax'): not one of 'auto', 'histogram', 'percentile', 'entropy', 'min_max', "
-            "'moving_average'. "
+            "'moving_average', 'balanced'. "
             "Did you mean 'min_max'?",
         ),
         (
@@ -93,7 +93,7 @@ def exactly(text: str) -> str:
         (
             lambda: QuantConfig(weight=TensorSpec(observer="histogram")),
             "QuantConfig(weight.observer='histogram'): weights are known in full, a histogram is for activations. "
-            "Use 'min_max' or 'moving_average'.",
+            "Use 'balanced', 'min_max' or 'moving_average'.",
         ),
         *(
             (

@@ -177,7 +177,7 @@ def test_a_class_that_is_not_what_it_is_given_for(spec: TensorSpec, method: Any,
         (
             {"name": "head", "weight": TensorSpec(observer="histogram")},
             "LayerConfig(weight.observer='histogram'): weights are known in full, a histogram is for activations. Use "
-            "'min_max' or 'moving_average'.",
+            "'balanced', 'min_max' or 'moving_average'.",
         ),
         ({"name": "head", "weight": "int8"}, "LayerConfig(name='head', type=None): weight='int8': give a TensorSpec."),
     ],

@@ -99,14 +99,14 @@ def test_a_bound_that_cannot_be_met_is_said_loudly(
 ) -> None:
     net = poisoned(trained)
     with caplog.at_level(logging.WARNING, logger="lightning_quant"):
-        _, report = run(net, tmp_path, max_drop=0.0, monitor="val_loss", max_evaluations=4)
+        _, report = run(net, tmp_path, max_drop=0.0, monitor="val_loss", max_evaluations=2)
     assert report.search is not None
     assert report.search["is_met"] is False
     (text,) = [r.getMessage() for r in caplog.records if "THE BOUND IS NOT MET" in r.getMessage()]
     assert "val_loss rises by at most 0 was asked for" in text
     assert text in report.notes
     assert (tmp_path / "model.ts").exists()
-    assert report.search["evaluations"] <= 4
+    assert report.search["evaluations"] <= 2
 
 
 def test_a_killed_search_goes_on(trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

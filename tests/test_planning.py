@@ -89,7 +89,7 @@ def test_each_layer_by_hand() -> None:
     total = pixels * (8 * 27 + 4 * 8 * 72) + 160
     assert found.coverage == pytest.approx(1 - 160 / total)
     assert rows["stem"].type == "Conv2d"
-    weight = TensorSpec(dtype="qint8", qscheme="per_channel_symmetric", observer="min_max")
+    weight = TensorSpec(dtype="qint8", qscheme="per_channel_symmetric", observer="balanced")
     assert rows["stem"].weight == weight
     assert rows["stem"].activation == TensorSpec(dtype="quint8", qscheme="per_tensor_affine", observer="histogram")
 

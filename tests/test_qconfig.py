@@ -19,6 +19,7 @@ from lightning_quant._torch_ao import (
     MovingAveragePerChannelMinMaxObserver,
     PerChannelMinMaxObserver,
 )
+from lightning_quant.balanced import BalancedObserver
 from lightning_quant.config import Method, resolve
 from lightning_quant.observers import HistogramObserver
 from lightning_quant.qconfig import FLOAT_BY_DESIGN, qconfig_mapping
@@ -161,7 +162,9 @@ def test_observers_of_static_activations(name: Any, kind: type) -> None:
 @pytest.mark.parametrize(
     ("engine", "spec", "kind", "qscheme"),
     [
-        ("auto", TensorSpec(), PerChannelMinMaxObserver, torch.per_channel_symmetric),
+        ("auto", TensorSpec(), BalancedObserver, torch.per_channel_symmetric),
+        ("auto", TensorSpec(observer="balanced"), BalancedObserver, torch.per_channel_symmetric),
+        ("auto", TensorSpec(observer="min_max"), PerChannelMinMaxObserver, torch.per_channel_symmetric),
         ("qnnpack", TensorSpec(), MinMaxObserver, torch.per_tensor_symmetric),
         (
             "auto",

@@ -7,7 +7,7 @@ this layer alone rounded, and ends with the noise that this is of the output.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from lightning_quant.analysis.sqnr import Power
 from lightning_quant.analysis.switches import SwitchedWeight
 from lightning_quant.backends.graph import engine, info
 from lightning_quant.backends.weighted import WeightedLayer, WeightQuantization
+from lightning_quant.balanced import best_shares
 
 #: About how many float passes over the data it may cost, as :func:`lightning_quant.sensitivity` takes.
 PASSES = 8.0
@@ -55,6 +56,24 @@ def with_bits(how: WeightQuantization, bits: int) -> WeightQuantization:
         quant_max=largest,
         axis=how.axis,
     )
+
+
+def in_bits(layer: WeightedLayer, bits: int) -> WeightQuantization:
+    """How the weight of a layer would be rounded if it were prepared with so many bits.
+
+    Args:
+        layer: Its weight is rounded to integers.
+        bits: 2 to 8.
+    """
+    how = layer.quantization
+    assert how is not None
+    found = with_bits(how, bits)
+    if not layer.is_balanced:
+        return found
+    assert how.axis is not None
+    rows = layer.weight.movedim(how.axis, 0).flatten(1)
+    least = (rows.abs().amax(1) / found.quant_max).clamp_min(torch.finfo(torch.float32).eps)  # as torch's observers
+    return replace(found, scale=least * best_shares(rows, least))
 
 
 def bit_costs(
@@ -126,10 +145,9 @@ def _measure(
     for number in range(len(runner.nodes)):
         for one in (one for one in tried if runner.switches[one.switch] == number):
             before: Any = one.part.rounded
-            how: Any = one.layer.quantization
             switch_to(runner.module, {one.switch})
             for width in bits:
-                one.part.rounded = with_bits(how, width).rounded(one.layer.weight)
+                one.part.rounded = in_bits(one.layer, width).rounded(one.layer.weight)
                 again = runner.start(data) if runner.changes_inputs else dict(values)
                 outputs[one.node, width] = runner.finish(again, 0 if runner.changes_inputs else number)
             one.part.rounded = before

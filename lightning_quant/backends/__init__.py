@@ -151,7 +151,9 @@ def capture_targets(
     # ranges do not matter yet, and those of a histogram cost more
     observer: ObserverName = "min_max" if method == "static" else "auto"
     own = config.activation.observer if "." in config.activation.observer else observer
-    trial = replace(config, targets=(), skip=(), activation=replace(config.activation, observer=own))
+    activation = replace(config.activation, observer=own)
+    weight = config.weight if "." in config.weight.observer else replace(config.weight, observer=observer)
+    trial = replace(config, targets=(), skip=(), activation=activation, weight=weight)
     whole = {name: KEPT_WHOLE for name, layer in layers.items() if layer.keep}
 
     def check(name: str, module: nn.Module, call: Call) -> Feasible:

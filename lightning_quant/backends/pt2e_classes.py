@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lightning_quant import fake_quantize, learned_scale, observers
+from lightning_quant import balanced, fake_quantize, learned_scale, observers
 from lightning_quant._torch_ao import pt2e
 
 
@@ -81,6 +81,31 @@ def histogram_class() -> Any:
             return found
 
     return HistogramObserver
+
+
+@cache
+def balanced_class() -> Any:
+    """:class:`lightning_quant.balanced.BalancedObserver`, derived from torchao's."""
+    base: Any = pt2e().PerChannelMinMaxObserver
+
+    class BalancedObserver(base):
+        """Computed by :func:`lightning_quant.balanced.best_shares`."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            balanced.complete(self)
+
+        def forward(self, x_orig: torch.Tensor) -> torch.Tensor:
+            """As torch.ao's."""
+            super().forward(x_orig)
+            balanced.observe(self, x_orig, *super().calculate_qparams())
+            return x_orig
+
+        def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
+            """As torch.ao's."""
+            return balanced.widened(self, *super().calculate_qparams())
+
+    return BalancedObserver
 
 
 @cache

@@ -19,7 +19,7 @@ from torch import fx
 
 from lightning_quant._torch_ao import pt2e
 from lightning_quant.backends.graph import place_of
-from lightning_quant.backends.pt2e_classes import fake_quantize_class, histogram_class, learned_class
+from lightning_quant.backends.pt2e_classes import balanced_class, fake_quantize_class, histogram_class, learned_class
 from lightning_quant.backends.pt2e_folding import (
     LINEAR,
     WEIGHTED,
@@ -31,7 +31,14 @@ from lightning_quant.backends.pt2e_folding import (
 )
 from lightning_quant.backends.tracing import LAYER
 from lightning_quant.config import HISTOGRAMS, Method, QuantConfig, TensorSpec
-from lightning_quant.qconfig import AVERAGING_CONSTANT, activation_range, config_of_layer, own_class, weight_range
+from lightning_quant.qconfig import (
+    AVERAGING_CONSTANT,
+    activation_range,
+    config_of_layer,
+    own_class,
+    weight_observer,
+    weight_range,
+)
 
 _ATEN = torch.ops.aten
 
@@ -370,7 +377,9 @@ def weight_spec(config: QuantConfig, method: Method, axis: int | None) -> Any:
     elif own is not None:
         observer = own
     else:
-        observer = moving if config.weight.observer == "moving_average" else exact
+        name = weight_observer(config, method, qscheme)
+        # torchao passes the axis of the specification to classes alone that have PerChannel in their name
+        observer = {"moving_average": moving, "min_max": exact}.get(name) or balanced_class().with_args(ch_axis=axis)
     return names.QuantizationSpec(
         dtype=_dtype(config.weight, "qint8"),
         quant_min=low,

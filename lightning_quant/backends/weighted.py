@@ -17,6 +17,7 @@ from lightning_quant.backends.normals import scale_normal
 from lightning_quant.backends.pt2e_folding import CONVS as CONVOLUTIONS
 from lightning_quant.backends.pt2e_folding import LINEAR, TRANSPOSED, constants_of, groups_of, stride_of, weighted
 from lightning_quant.backends.stored_weights import InGraph, InModule, Storage, eager_qconfig, fx_qconfig, weight_node
+from lightning_quant.balanced import is_balanced
 from lightning_quant.errors import ConfigError
 from lightning_quant.observers import FixedRange, is_fixed
 from lightning_quant.qconfig import CONV_TRANSPOSES, CONVS
@@ -173,6 +174,11 @@ class WeightedLayer:
             quant_max=int(observer.quant_max),
             axis=int(observer.ch_axis) if per_channel else None,
         )
+
+    @property
+    def is_balanced(self) -> bool:
+        """Whether its scale is chosen for what errors add up to, by :mod:`lightning_quant.balanced`."""
+        return is_balanced(self.storage.observer())
 
     @property
     def fixed_scale(self) -> torch.Tensor | None:

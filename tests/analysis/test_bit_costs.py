@@ -12,9 +12,9 @@ from models import Mlp, Residual, calibrated, settle
 from torch import nn
 
 from lightning_quant import QuantConfig, TensorSpec, prepare
-from lightning_quant.analysis.bit_costs import bit_costs, with_bits
+from lightning_quant.analysis.bit_costs import bit_costs, in_bits
 from lightning_quant.analysis.simulation import simulate_graph, simulation
-from lightning_quant.backends.weighted import WeightQuantization, weighted_layers
+from lightning_quant.backends.weighted import WeightedLayer, weighted_layers
 
 BITS = (8, 4, 2)
 
@@ -49,7 +49,8 @@ def test_as_if_the_float_model_had_these_weights(backend: Any, kind: Any) -> Non
     torch.manual_seed(0)
     net = kind().eval()
     x = torch.randn(32, 3, 8, 8) if kind is Convs else torch.randn(32, 4)
-    prepared = calibrated(net, x, config=QuantConfig(backend=backend, reduce_range=False))
+    to_the_ends = TensorSpec(observer="min_max")
+    prepared = calibrated(net, x, config=QuantConfig(backend=backend, weight=to_the_ends, reduce_range=False))
     graph = simulate_graph(prepared)
     before = [part.rounded.clone() for part in graph.modules() if hasattr(part, "rounded")]
     found = bit_costs(graph, weighted_layers(prepared), [(x,)] * 20, BITS)
@@ -81,17 +82,18 @@ def test_batch_norms_and_residual_sums(backend: Any) -> None:
 
 @pytest.mark.parametrize("qscheme", ["per_channel_symmetric", "per_tensor_symmetric", "per_channel_affine"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_with_bits_is_what_a_config_of_so_many_bits_gives(qscheme: Any, bits: int) -> None:
+@pytest.mark.parametrize("observer", ["auto", "min_max"])
+def test_in_bits_is_what_a_config_of_so_many_bits_gives(observer: Any, qscheme: Any, bits: int) -> None:
     torch.manual_seed(0)
     net, x = nn.Linear(16, 8), torch.randn(8, 16)
 
-    def how(bits: int) -> WeightQuantization:
-        config = QuantConfig(weight=TensorSpec(bits=bits, qscheme=qscheme), reduce_range=False)
+    def of(bits: int) -> WeightedLayer:
+        config = QuantConfig(weight=TensorSpec(bits=bits, qscheme=qscheme, observer=observer), reduce_range=False)
         (layer,) = weighted_layers(prepare(net, config, method="static", example_inputs=x))
-        assert layer.quantization is not None
-        return layer.quantization
+        return layer
 
-    found, expected = with_bits(how(8), bits), how(bits)
+    found, expected = in_bits(of(8), bits), of(bits).quantization
+    assert expected is not None
     assert (found.quant_min, found.quant_max, found.axis) == (expected.quant_min, expected.quant_max, expected.axis)
     torch.testing.assert_close(found.scale, expected.scale)
     # of affine ones the range itself was moved to a whole number of steps

@@ -129,7 +129,7 @@ def test_a_layer_alone_by_hand(backend: str) -> None:
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
     x = torch.randn(64, 16)
     spec = TensorSpec(observer="min_max")
-    layers = found(*made(model, x, "static", backend, activation=spec, reduce_range=False), (x,))
+    layers = found(*made(model, x, "static", backend, activation=spec, weight=spec, reduce_range=False), (x,))
     with torch.no_grad():
         hidden = F.relu(model[0](x))
         for name, layer, read in (("0", model[0], x), ("2", model[2], hidden)):

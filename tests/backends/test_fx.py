@@ -42,6 +42,9 @@ class Mixed(nn.Module):
 # ---- int8 arithmetic by hand
 
 
+TO_THE_ENDS = TensorSpec(observer="min_max")
+
+
 def qparams(x: np.ndarray) -> tuple[np.ndarray, int]:
     """Scale and zero point of unsigned 8 bits over the range of ``x`` and zero."""
     low, high = min(x.min(), 0), max(x.max(), 0)
@@ -103,7 +106,7 @@ def test_int8_is_the_integer_arithmetic_that_numpy_does(
 ) -> None:
     if engine not in ("auto", *torch.backends.quantized.supported_engines):
         pytest.skip(f"unavoidable: this build of torch has no {engine}")
-    config = QuantConfig(engine=engine, reduce_range=reduce_range, activation=TensorSpec(observer="min_max"))
+    config = QuantConfig(engine=engine, reduce_range=reduce_range, activation=TO_THE_ENDS, weight=TO_THE_ENDS)
     net, x = model().eval(), torch.randn(shape)
     int8 = convert(calibrated(net, x, config=config))
     if isinstance(net[-1], nn.Linear) and resolve(config).engine == "x86":  # what is returned is not rounded
@@ -122,7 +125,7 @@ def test_int8_is_the_integer_arithmetic_that_numpy_does(
 
 def test_the_comparison_with_numpy_can_fail() -> None:
     net, x = nn.Sequential(nn.Linear(32, 24)).eval(), torch.randn(64, 32)
-    config = resolve(QuantConfig(activation=TensorSpec(observer="min_max")))
+    config = resolve(QuantConfig(activation=TO_THE_ENDS, weight=TO_THE_ENDS))
     y = net(x).detach().numpy()
     expected = int8_layer(x.numpy(), net[0], y, config)
     with torch.no_grad():

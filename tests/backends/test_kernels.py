@@ -257,6 +257,12 @@ def plan_of(method: Method = "static", config: QuantConfig | None = None) -> Pre
     return info(fx.prepare(model, config or QuantConfig(), method, Call((x,))))
 
 
+def has_bits(largest: int, bits: int) -> bool:
+    """Whether the largest integer of a weight is one of so many bits: its step may be a sixteenth larger."""
+    most = 2 ** (bits - 1) - 1
+    return most * 15 // 16 <= largest <= most
+
+
 def largest_weights(int8: nn.Module) -> dict[str, int]:
     """Packed layer -> the largest of its integers."""
     return {
@@ -283,7 +289,7 @@ def test_another_engine_where_x86_is_wrong(method: Method, monkeypatch: pytest.M
     assert info(int8).config.engine == "fbgemm"
     assert torch.backends.quantized.engine == before
     assert coverage(int8, x).share == 1
-    assert set(largest_weights(int8).values()) == {127}
+    assert all(has_bits(value, 8) for value in largest_weights(int8).values())
 
 
 @X86
@@ -330,7 +336,7 @@ def test_seven_bits_where_eight_are_wrong(method: Method, monkeypatch: pytest.Mo
     int8 = convert(prepared)
     found = largest_weights(int8)
     assert len(found) == 5
-    assert all(value == (127 if name == "fc" else 63) for name, value in found.items()), found
+    assert all(has_bits(value, 8 if name == "fc" else 7) for name, value in found.items()), found
     assert coverage(int8, x).share == 1
     # the batch norm fuses with a layer of 7 bits as with any other
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in int8.modules())
@@ -344,7 +350,7 @@ def test_eight_bits_that_were_asked_for_stay(method: Method, monkeypatch: pytest
     model, x = mixed()
     prepared = calibrated(model, x, method=method, config=QuantConfig(reduce_range=False))
     assert info(prepared).float_layers == {}
-    assert set(largest_weights(convert(prepared)).values()) == {127}
+    assert all(has_bits(value, 8) for value in largest_weights(convert(prepared)).values())
 
 
 @METHODS
@@ -356,7 +362,8 @@ def test_seven_bits_that_were_asked_for_are_all_that_is_asked_about(
     assert plan_of(method, config).float_layers == {}
     assert {largest for _, _, largest in asked} == {63}
     model, x = mixed()
-    assert set(largest_weights(convert(calibrated(model, x, method=method, config=config))).values()) == {63}
+    int8 = convert(calibrated(model, x, method=method, config=config))
+    assert all(has_bits(value, 7) for value in largest_weights(int8).values())
 
 
 @METHODS
@@ -487,7 +494,7 @@ def test_a_depthwise_layer_of_eight_bits_is_right_or_has_seven() -> None:
     limit = 63 if known.config.reduce_range else 127
     wide = kernels.is_right(known.config.engine, layer, limit)
     (found,) = largest_weights(convert(prepared)).values()
-    assert found == (limit if wide else 63)
+    assert has_bits(found, 8 if wide and limit == 127 else 7)
 
 
 def test_the_reason_names_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:

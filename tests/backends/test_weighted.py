@@ -98,7 +98,7 @@ def test_names_are_those_of_the_simulation(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_stored_weight_is_the_one_that_is_rounded(backend: str) -> None:
-    prepared = observed(made(), backend)
+    prepared = observed(made(), backend, weight=TensorSpec(observer="min_max"))
     for name, layer in by_name(prepared).items():
         for factor in (0.25, 3.0):
             weight = layer.weight * factor
@@ -201,7 +201,8 @@ class Tied(nn.Module):
 def test_a_tied_weight_changes_for_its_layer_alone(backend: Any) -> None:
     torch.manual_seed(0)
     net, ids = Tied().eval(), torch.arange(12).reshape(2, 6)
-    prepared = prepare(net, QuantConfig(backend=backend), method="static", example_inputs=ids)
+    config = QuantConfig(backend=backend, weight=TensorSpec(observer="min_max"))
+    prepared = prepare(net, config, method="static", example_inputs=ids)
     prepared(ids)
     (head,) = weighted_layers(prepared)
     head.set_weight(head.weight * 2)

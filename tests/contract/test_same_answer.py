@@ -24,7 +24,8 @@ def converted(backend: Any, data: torch.Tensor) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     model = Small().eval()
     # min_max: what was seen is what counts, whoever looks
-    config = QuantConfig(backend=backend, activation=TensorSpec(observer="min_max"))
+    spec = TensorSpec(observer="min_max")  # of weights as well: torchscript has no other
+    config = QuantConfig(backend=backend, activation=spec, weight=spec)
     prepared = prepare(model, config, method="static", example_inputs=data[:2])
     with torch.no_grad():
         prepared(data)

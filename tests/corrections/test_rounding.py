@@ -189,7 +189,7 @@ def inputs_of(graph: nn.Module, data: torch.Tensor, *, on: bool) -> dict[str, to
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_residual_blocks_and_a_relu_that_is_used_twice(backend: Any) -> None:
     net = made(Residual)
-    prepared = observed(net, backend)
+    prepared = observed(net, backend, observer="min_max")  # of random weights, errors that add up are most of them
     data, unseen = images(128, 1), images(64, 2)
     rounded = adaround(prepared, [data], iterations=200)
     with torch.no_grad():

@@ -30,7 +30,8 @@ STATIC = QuantConfig(activation=TensorSpec(observer="min_max"), reduce_range=Fal
 
 
 def written(model: nn.Module, x: torch.Tensor, backend: Any = "fx") -> Exported:
-    config = QuantConfig(backend=backend, activation=STATIC.activation, reduce_range=False)
+    weight = TensorSpec(observer="min_max")
+    config = QuantConfig(backend=backend, activation=STATIC.activation, weight=weight, reduce_range=False)
     return to_program(qdq(calibrated(model.eval(), x, config=config)), (x[:2],), ())
 
 
