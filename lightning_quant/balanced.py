@@ -37,7 +37,7 @@ class BalancedObserver(PerChannelMinMaxObserver):
     def forward(self, x_orig: torch.Tensor) -> torch.Tensor:
         """Take the steps of ``x_orig``, and give it back."""
         super().forward(x_orig)
-        observe(self, x_orig, *super().calculate_qparams())
+        observe(self, x_orig, super().calculate_qparams()[0])
         return x_orig
 
     def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]  # torch.ao declares no types
@@ -47,15 +47,16 @@ class BalancedObserver(PerChannelMinMaxObserver):
 
 def complete(observer: Any) -> None:
     """Give a new observer, of torch.ao or torchao, what the functions below work with."""
+    observer.is_balanced = True
     observer.register_buffer("share", torch.ones(()), persistent=False)
 
 
 def is_balanced(observer: Any) -> bool:
     """Whether an observer, of torch.ao or torchao, is one of these."""
-    return "share" in observer.__dict__.get("_buffers", {})
+    return getattr(observer, "is_balanced", False) is True
 
 
-def observe(observer: Any, weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
+def observe(observer: Any, weight: torch.Tensor, scale: torch.Tensor) -> None:
     """Choose the steps for a weight, as shares of ``scale``."""
     rows = weight.detach().movedim(observer.ch_axis, 0).flatten(1)
     observer.share = best_shares(rows, scale.to(rows.device))

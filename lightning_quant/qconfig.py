@@ -222,12 +222,12 @@ def weight_observer(config: QuantConfig, method: Method, qscheme: torch.qscheme)
     but torch's.
     """
     wanted = config.weight.observer
-    own: ObserverName = "moving_average"
+    if wanted == "moving_average":
+        return "moving_average"
+    asked = wanted == "balanced" or (wanted == "auto" and method == "static")
+    # a layer without a scale for each channel, such as a transposed convolution, has min and max in any case
     fits = qscheme == torch.per_channel_symmetric and config.backend != "torchscript"
-    if wanted == own:
-        return own
-    # what a layer without a scale for each channel, such as a transposed convolution, is given in any case
-    return "balanced" if fits and (wanted == "balanced" or (wanted == "auto" and method == "static")) else "min_max"
+    return "balanced" if asked and fits else "min_max"
 
 
 def own_observer(spec: TensorSpec) -> Any:

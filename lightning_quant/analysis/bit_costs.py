@@ -67,13 +67,12 @@ def in_bits(layer: WeightedLayer, bits: int) -> WeightQuantization:
     """
     how = layer.quantization
     assert how is not None
-    found = with_bits(how, bits)
-    if not layer.is_balanced:
-        return found
+    balance = layer.balance
+    if balance is None:
+        return with_bits(how, bits)
     assert how.axis is not None
-    rows = layer.weight.movedim(how.axis, 0).flatten(1)
-    least = (rows.abs().amax(1) / found.quant_max).clamp_min(torch.finfo(torch.float32).eps)  # as torch's observers
-    return replace(found, scale=least * best_shares(rows, least))
+    found = with_bits(replace(how, scale=how.scale / balance), bits)
+    return replace(found, scale=found.scale * best_shares(layer.weight.movedim(how.axis, 0).flatten(1), found.scale))
 
 
 def bit_costs(

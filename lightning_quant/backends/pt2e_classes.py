@@ -98,7 +98,7 @@ def balanced_class() -> Any:
         def forward(self, x_orig: torch.Tensor) -> torch.Tensor:
             """As torch.ao's."""
             super().forward(x_orig)
-            balanced.observe(self, x_orig, *super().calculate_qparams())
+            balanced.observe(self, x_orig, super().calculate_qparams()[0])
             return x_orig
 
         def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -176,9 +176,13 @@ class WeightedLayer:
         )
 
     @property
-    def is_balanced(self) -> bool:
-        """Whether its scale is chosen for what errors add up to, by :mod:`lightning_quant.balanced`."""
-        return is_balanced(self.storage.observer())
+    def balance(self) -> torch.Tensor | None:
+        """``(channels,)``: by how much its scale is larger than the ends of the weight ask for; None: it is not.
+
+        It is where :mod:`lightning_quant.balanced` chose it.
+        """
+        observer = self.storage.observer()
+        return observer.share.detach() if is_balanced(observer) else None
 
     @property
     def fixed_scale(self) -> torch.Tensor | None:

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from lightning_quant.corrections.bias import Reached, match_means
 from lightning_quant.corrections.compensated_rounding import Inputs, compensated_rounding
-from lightning_quant.corrections.grids import grid_of
+from lightning_quant.corrections.grids import grid_of, keep
 from lightning_quant.corrections.products import POSITIONS, drawn, product_of
 from lightning_quant.corrections.recording import Calls, changed, note, refuse_second
 from lightning_quant.errors import ConfigError
@@ -79,10 +79,6 @@ def _round(reached: Reached, positions: int, generator: torch.Generator) -> bool
     inputs = Inputs(floating=torch.cat([x for x, _ in read], 1), quantized=torch.cat([x for _, x in read], 1))
     rows = product.rows(weight)
     grid = grid_of(quantization, rows, inputs.quantized.square().mean(1, keepdim=True))
-    integers = compensated_rounding(rows, inputs, grid)
-    scale = grid.scale.reshape(-1)
-    layer.fix_ranges(scale if quantization.axis == 0 else scale[:1])
-    layer.set_weight(grid.values(integers).reshape(weight.shape))
     stored: Any = reached.rounded.weight_of(node)
-    stored.rounded.copy_(layer.weight)
+    stored.rounded.copy_(keep(layer, grid, compensated_rounding(rows, inputs, grid)))
     return True

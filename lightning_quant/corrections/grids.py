@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lightning_quant.backends.weighted import WeightQuantization
+from lightning_quant.backends.weighted import WeightedLayer, WeightQuantization
 
 #: Scales that are tried, as shares of the one whose ends are the largest weight.
 _SHARES = tuple(share / 40 for share in range(40, 13, -1))
@@ -75,3 +75,19 @@ def grid_of(quantization: WeightQuantization, weight: torch.Tensor, power: torch
         best = Grid(scale=torch.where(found < least, tried.scale, best.scale), zero_point=zero_point, **ends)
         least = torch.minimum(least, found)
     return best
+
+
+def keep(layer: WeightedLayer, grid: Grid, integers: torch.Tensor) -> torch.Tensor:
+    """Let a layer have this weight, and convert round it to these very integers. Gives the weight.
+
+    Args:
+        layer: Changed.
+        grid: Of its weight.
+        integers: ``(groups, outputs, inputs)``.
+    """
+    quantization = layer.quantization
+    assert quantization is not None
+    scale = grid.scale.reshape(-1)
+    layer.fix_ranges(scale if quantization.axis == 0 else scale[:1])
+    layer.set_weight(grid.values(integers).reshape(layer.weight.shape))
+    return layer.weight

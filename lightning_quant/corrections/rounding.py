@@ -16,7 +16,7 @@ from lightning_quant.analysis.simulation import is_simulated, simulate, simulati
 from lightning_quant.backends import as_call
 from lightning_quant.backends.graph import engine, info, is_graph
 from lightning_quant.backends.weighted import WeightedLayer, weighted_layers
-from lightning_quant.corrections.grids import grid_of
+from lightning_quant.corrections.grids import grid_of, keep
 from lightning_quant.corrections.layer_by_layer import Pair, layer_by_layer
 from lightning_quant.corrections.learned_rounding import Layer, learned_rounding
 from lightning_quant.corrections.products import POSITIONS, Product, drawn, product_of
@@ -145,11 +145,8 @@ class _Rounding:
         sample = self._sample(node, product, weight, pairs)
         grid = grid_of(quantization, sample.weight, sample.given.square().mean(1, keepdim=True))
         integers = learned_rounding(sample, grid, iterations=self.iterations, generator=self.generator)
-        scale = grid.scale.reshape(-1)
-        layer.fix_ranges(scale if quantization.axis == 0 else scale[:1])
-        layer.set_weight(grid.values(integers).reshape(weight.shape))
         stored: Any = self.runner.weight_of(node)
-        stored.rounded.copy_(layer.weight)
+        stored.rounded.copy_(keep(layer, grid, integers))
         self.rounded += 1
 
     def _sample(self, node: fx.Node, product: Product, weight: torch.Tensor, pairs: list[Pair]) -> Layer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -216,9 +215,7 @@ class Between(nn.Module):
 def quantized(name: str, table: dict[str, tuple[Any, int]]) -> tuple[nn.Module, Any, torch.Tensor]:
     between, dims = table[name]
     model, x = Between(between, dims).eval(), torch.randn(8, 3, *[6] * dims)
-    # a larger step moves what a layer gives out of the range that was seen, by more than a step of a batch norm's
-    config = replace(EAGER, weight=TensorSpec(observer="min_max"))
-    prepared = eager.prepare(model, config, "static", Call((x,)))
+    prepared = eager.prepare(model, EAGER, "static", Call((x,)))
     with torch.no_grad():
         prepared(x)
     return model, prepared, x
@@ -250,6 +247,9 @@ def test_an_operator_between_layers_runs_in_int8_as_in_float(name: str) -> None:
         last = next(node for node in int8.graph.nodes if node.target == "after")
         given, found = recorder.values["before"], recorder.values[last.args[0].name]
         expected = between(given.dequantize().contiguous())
+    # a rounded weight may move a value out of the range that calibration saw in float
+    ends = [(end - found.q_zero_point()) * found.q_scale() for end in (0, 255)]
+    expected = expected.clamp(*ends)
     steps = float((expected - found.dequantize()).abs().max()) / found.q_scale()
     assert steps <= (1e-4 if name in MOVES else 1.5 if "+" in name or "add" in name or "mul" in name else 1.01)
     # the same in the neutral form, where the values of the kernel lie between two steps a step apart
