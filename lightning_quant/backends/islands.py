@@ -45,6 +45,12 @@ _VIEWS = (
 )  # fmt: skip
 
 
+_MEANS = (torch.mean, "mean")
+_ADAPTIVE = (
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+    F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, torch.adaptive_avg_pool1d,
+)  # fmt: skip
+
 #: They change what they are given, draw numbers, or have a kernel of their own.
 _NOT_TWICE = (
     F.relu, torch.relu, nn.ReLU, "relu", "relu_", "detach_", "squeeze_", "unsqueeze_", "resize_", F.dropout,
@@ -122,7 +128,29 @@ def divide(
     # a twin has int8 readers alone, so that the next round finds it in int8 and gives it none
     while not none and any([_double(graph_module, node, int8) for node in reversed(found)]):
         found, int8 = _decide(graph_module, able, stays_float, none)
-    return found, int8
+    averages = {node for node in int8 if _narrows(graph_module, node)}
+    return found + [node for node in graph_module.graph.nodes if node in averages], int8 - averages
+
+
+def _narrows(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether ``node`` averages all there is of a channel, and nothing else reads what it averages.
+
+    Such averages are in a small part of the range of the values, and torch's int8 kernels leave them in all of it. In
+    float, between a dequantize and a quantize, they have a range of their own: at the end of a network, where they are
+    few. What is read by something else, too, is the large input of a gate, which has to be dequantized for that alone.
+    """
+    kind = kind_of(graph_module, node)
+    given = node.args[1] if len(node.args) > 1 else None
+    if _in(kind, _MEANS):
+        narrows = node.kwargs.get("dim", given) is not None
+    elif _in(kind, _ADAPTIVE):
+        module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        size: Any = getattr(module, "output_size", node.kwargs.get("output_size", given))
+        narrows = {*size} == {1} if isinstance(size, (tuple, list)) else size == 1
+    else:
+        return False
+    readers = [user for user in node.all_input_nodes[0].users if not asks_for_size(graph_module, user)]
+    return narrows and readers == [node]
 
 
 def _double(graph_module: fx.GraphModule, node: fx.Node, int8: set[fx.Node]) -> bool:

@@ -223,7 +223,7 @@ def test_a_sum_next_to_a_layer_that_is_skipped_stays_float() -> None:
         ),
         (
             lambda self, x: self.head(torch.flatten(self.pool(self.a(x)), 1)),
-            {"head": 4, "pool": nn.AdaptiveAvgPool2d(1)},
+            {"head": 64, "pool": nn.AdaptiveAvgPool2d(4)},
             ["pool", "flatten"],
         ),
         (
@@ -237,9 +237,9 @@ def test_a_sum_next_to_a_layer_that_is_skipped_stays_float() -> None:
             ["reshape"],
         ),
         (
-            lambda self, x: self.head(self.a(x).reshape(-1, 4, 64).transpose(1, 2).contiguous().mean(1)),
+            lambda self, x: self.head(self.a(x).reshape(-1, 4, 64).transpose(1, 2).contiguous()),
             {"head": 4},
-            ["reshape", "transpose", "contiguous", "mean"],
+            ["reshape", "transpose", "contiguous"],
         ),
         (
             lambda self, x: self.c(torch.cat([self.a(x), self.b(x)], 2)),
@@ -445,6 +445,48 @@ def test_prelu_between_two_layers() -> None:
     model, x = convs(lambda self, x: self.c(self.operator(self.a(x))), operator=nn.PReLU())
     prepared = calibrated(model, x)
     assert_close(model, prepared, convert(prepared), x)
+
+
+# ---- averages of all there is
+
+
+AVERAGES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "module": (lambda self, x: torch.flatten(self.pool(self.a(x)), 1), {"pool": nn.AdaptiveAvgPool2d(1)}),
+    "pair": (lambda self, x: torch.flatten(self.pool(self.a(x)), 1), {"pool": nn.AdaptiveAvgPool2d((1, 1))}),
+    "function": (lambda self, x: torch.flatten(F.adaptive_avg_pool2d(self.a(x), (1, 1)), 1), {}),
+    "keyword": (lambda self, x: torch.flatten(F.adaptive_avg_pool2d(self.a(x), output_size=1), 1), {}),
+    "method": (lambda self, x: self.a(x).mean((2, 3)), {}),
+    "mean": (lambda self, x: torch.mean(self.a(x), dim=(-2, -1)), {}),
+    "tokens": (lambda self, x: self.a(x).flatten(2).transpose(1, 2).mean(1), {}),
+    "sizes": (lambda self, x: (y := self.a(x)).mean((2, 3)).reshape(y.shape[0], y.size(1)), {}),
+}
+
+
+@pytest.mark.parametrize("backend", ["fx", "eager", "pt2e"])
+@pytest.mark.parametrize("name", AVERAGES)
+def test_an_average_of_all_positions_has_a_range_of_its_own(name: str, backend: Any) -> None:
+    function, parts = AVERAGES[name]
+    model, x = convs(lambda self, x: self.c(function(self, x)), c=nn.Linear(4, 4), **parts)
+    prepared = prepare(model, QuantConfig(backend=backend), method="static", example_inputs=x)
+    with torch.no_grad():
+        prepared(x)
+        averages = function(model, x)
+        assert decibels(model(x), convert(prepared)(x)) > 30
+    ends = [(m.min_val.item(), m.max_val.item()) for m in prepared.modules() if hasattr(m, "search")]
+    assert pytest.approx((averages.min().item(), averages.max().item()), abs=1e-6) in ends
+
+
+@pytest.mark.parametrize("backend", ["fx", "eager"])
+def test_the_average_of_a_gate_stays_int8(backend: Any) -> None:
+    """Its large input is in int8 for the product, and would be dequantized for the average alone."""
+    gate = lambda self, x: self.c((y := self.a(x)) * torch.sigmoid(self.b(self.pool(y))))  # noqa: E731
+    model, x = convs(gate, b=nn.Conv2d(4, 4, 1), pool=nn.AdaptiveAvgPool2d(1))
+    prepared = prepare(model, QuantConfig(backend=backend), method="static", example_inputs=x)
+    with torch.no_grad():
+        prepared(x)
+    in_int8, in_float = ran(convert(prepared), x)
+    assert "pool" in in_int8
+    assert [name for name in in_float if not name.startswith("int8_dequantize")] == []
 
 
 # ---- float_nodes by itself
