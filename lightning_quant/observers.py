@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from lightning_quant import native
+from lightning_quant import levels, native
 from lightning_quant._torch_ao import ObserverBase, UniformQuantizationObserverBase
 from lightning_quant.errors import CalibrationError
 from lightning_quant.range_search import Counts, least_divergence, least_error, quantiles
@@ -73,6 +73,7 @@ def complete(observer: Any, search: str, percentile: float) -> None:
     observer.register_buffer("exponent", torch.tensor(_LEAST_EXPONENT))
     observer.register_buffer("min_val", torch.tensor(math.inf))
     observer.register_buffer("max_val", torch.tensor(-math.inf))
+    observer.register_buffer("levels", levels.none())
 
 
 def is_histogram(observer: Any) -> bool:
@@ -111,6 +112,7 @@ def observe(observer: Any, x: torch.Tensor) -> None:
             "an activation has values that are NaN or infinite, so that it has no range. Look for the batch of the "
             "calibration data that gives them, by evaluating the float model."
         )
+    observer.levels = levels.seen(observer.levels, x)
     observer.tensors += 1
     observer.drawn += samples  # other places the next time
 
@@ -144,6 +146,7 @@ def merge(observer: Any, other: Any) -> None:
     observer.zeros.add_(other.zeros.to(observer.zeros.device))
     observer.min_val.copy_(torch.minimum(observer.min_val, other.min_val.to(observer.min_val.device)))
     observer.max_val.copy_(torch.maximum(observer.max_val, other.max_val.to(observer.max_val.device)))
+    observer.levels = levels.together(observer.levels, other.levels.to(observer.levels.device))
 
 
 def _count(observer: Any, x: torch.Tensor, samples: int) -> bool:
@@ -195,7 +198,18 @@ def chosen_range(observer: Any) -> tuple[torch.Tensor, torch.Tensor]:
         low, high = least_divergence(found, steps, symmetric=symmetric)
     else:
         low, high = least_error(found, steps, symmetric=symmetric)
+        counts = levels.counts_of(observer.levels, found.counts, found.width)
+        if counts is not None:
+            known = observer.levels.double().cpu().numpy()
+            lowest = observer.quant_min - _zero_point(observer) if symmetric else None
+            low, high = levels.least_error(known, counts, (low, high), steps, lowest=lowest)
     return observer.min_val.new_tensor(low), observer.max_val.new_tensor(high)
+
+
+def _zero_point(observer: Any) -> int:
+    """That of every symmetric range."""
+    _, zero_point = observer._calculate_qparams(torch.tensor(-1.0), torch.tensor(1.0))
+    return int(zero_point)
 
 
 class FixedRange(ObserverBase):

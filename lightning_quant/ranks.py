@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_quant import fake_quantize, learned_offset, learned_scale, observers
+from lightning_quant import fake_quantize, learned_offset, learned_scale, levels, observers
 from lightning_quant._torch_ao import classes, is_observer
 from lightning_quant.backends import pt2e_classes
 from lightning_quant.backends.graph import info, is_graph
@@ -309,6 +309,7 @@ def _merge_ranges(
         for part, start, size in zip(parts, np.cumsum([0, *sizes]).tolist(), sizes, strict=False)
     ]
     _merge_histograms(parts, facts, ranges, group, device)
+    _merge_levels([part.owner for part in parts if part.kind == "counts"], group, device)
     for part, size, found in zip(parts, sizes, ranges, strict=True):
         for buffer, values in zip((part.owner.min_val, part.owner.max_val), found, strict=True):
             if buffer.numel() != size:
@@ -362,6 +363,14 @@ def _merge_histograms(
             part.owner.exponent.fill_(exponents[i])
         elif part.kind == "bins":
             part.owner.histogram.copy_(next(sums))
+
+
+def _merge_levels(counting: list[Any], group: dist.ProcessGroup | None, device: torch.device) -> None:
+    if not counting:
+        return
+    sent = _gather(torch.stack([levels.padded(observer.levels.cpu()) for observer in counting]), group, device)
+    for i, observer in enumerate(counting):
+        observer.levels = levels.of_padded(sent[:, i]).to(observer.levels.device)
 
 
 def _parts_of_one(counts: torch.Tensor) -> torch.Tensor:

@@ -59,6 +59,8 @@ HISTOGRAMS: dict[str, Callable[[torch.Generator, int], torch.Tensor | None]] = {
     "relu": lambda g, part: torch.relu(torch.randn(200_003 + 7 * part, generator=g)),
     "scales": lambda g, part: torch.randn(999, generator=g) * 1000.0 ** (part - 1),
     "zeros": lambda g, part: torch.zeros(11) if part else torch.randn(30, generator=g),
+    "image": lambda g, part: torch.randint(40 * part, 120 + 40 * part, (3, 90, 90), generator=g) / 255,
+    "many on one": lambda g, part: torch.randn(5000, generator=g) if part == 1 else torch.ones(9),
     "one part": lambda g, part: torch.randn(50, generator=g) if part == 1 else None,
     "nothing": lambda g, part: None,
 }
@@ -99,6 +101,8 @@ def test_histograms_are_those_of_all_data_in_any_order(results: dict[str, list[A
     assert expected["nothing.histogram"].numel() == 0
     assert torch.isinf(expected["nothing.min_val"])
     assert expected["one_part.histogram"].sum() == 100
+    assert expected["image.levels"].tolist() == [x / 255 for x in torch.arange(1, 200)]
+    assert torch.isinf(expected["many_on_one.levels"]).all()
     # the weights are no integers
     assert not torch.equal(expected["large.histogram"], expected["large.histogram"].round())
     assert expected["large.histogram"].sum().item() == pytest.approx(2 * (3 * 300_007 + 3), rel=1e-6)
@@ -198,7 +202,7 @@ def test_calibration_of_shards_is_calibration_of_all(name: str, results: dict[st
         ends = itertools.product(before, ("min_val", "max_val"))
         assert not all(torch.equal(after[f"{key}.{end}"], before[key][end]) for key, end in ends)
         assert number >= 8
-        assert calls == (3 if name == "min_max" else 4)
+        assert calls == (3 if name == "min_max" else 5)
 
 
 # ---- min and max, and moving averages
@@ -480,7 +484,8 @@ METHOD = (
         ("observer", WHAT.format("own_classes.HalfRange", "own", "eps, min_val, max_val") + METHOD),
         (
             "of a histogram of ours",
-            WHAT.format("test_ranks.Renamed", "own", "eps, histogram, zeros, exponent, min_val, max_val") + METHOD,
+            WHAT.format("test_ranks.Renamed", "own", "eps, histogram, zeros, exponent, min_val, max_val, levels")
+            + METHOD,
         ),
         (
             "fake quantize",
@@ -560,7 +565,7 @@ def test_groups_and_what_does_not_fit(results: dict[str, list[Any]]) -> None:
         assert of_rank["inference"] == (12.0, 3.0)
         assert of_rank["dynamic"] == ""
         assert of_rank["graphs"] == (
-            "the ranks have different graphs (8, 2, 2 observers, by rank), so that their ranges cannot be merged. "
+            "the ranks have different graphs (9, 2, 2 observers, by rank), so that their ranges cannot be merged. "
             "Prepare the same model with the same QuantConfig on every rank."
         )
         assert of_rank["channels"] == (
