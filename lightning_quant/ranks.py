@@ -1,9 +1,9 @@
 """Ranges of several processes become one: each has observed a part of the data, and all of them go on with the whole.
 
-:func:`merge_ranks` needs four collectives for a graph, however many observers it has: what the graph is, what its
-observers have seen, their ranges, and their histograms. What a process sends does not depend on which rank it has, and
-what it makes of the answers does not either: counts are added as integers, minima and maxima have no order, and means
-are those of sorted numbers. So all ranks end with the same bits.
+:func:`merge_ranks` needs five collectives for a graph, however many observers it has: what the graph is, what its
+observers have seen, their ranges, their histograms, and their values where these are few. What a process sends does not
+depend on which rank it has, and what it makes of the answers does not either: counts are added as integers, minima and
+maxima have no order, and means are those of sorted numbers. So all ranks end with the same bits.
 
 **Why the mean of moving averages.** A moving average is linear: ``a <- a + c * (x - a)``, beginning with the first
 ``x``. Of ranks that step together, as those of ``DistributedDataParallel`` do, the mean of the averages is the average

@@ -29,6 +29,7 @@ LAYERS = (
         "modes",
         "native",
         "range_search",
+        "levels",
         "devices",
     ),
     ("config",),

@@ -316,7 +316,7 @@ def test_an_average_that_began_before_the_ranges_is_an_error(backend: Any) -> No
     with pytest.raises(CalibrationError) as caught:
         convert(averaged.module)
     first = next(n for n, m in observers(prepared).items() if ends(m).numel() == 2)
-    count = 8 if backend == "fx" else 9
+    count = 10 if backend == "eager" else 9
     assert str(caught.value) == (
         f"{count} observers have a range that is NaN (the first: {first}). An average of weights (EMA, SWA) has that "
         "if it began before they had seen data, because they begin at infinity. Let it begin after the first batch "

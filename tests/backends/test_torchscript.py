@@ -149,7 +149,8 @@ def test_all_of_a_residual_network_is_int8(config: QuantConfig) -> None:
     assert coverage(converted, x).share == 1.0
     kernels = kernels_of(converted)
     assert kernels.count("quantized::add_relu") == 2
-    assert kernels.count("aten::quantize_per_tensor") == 1
+    # of the input, and behind the average of a traced graph; a scripted one is torch's alone
+    assert kernels.count("aten::quantize_per_tensor") == (2 if config.jit == "trace" else 1)
 
 
 @JIT
