@@ -34,8 +34,9 @@ PARTS = SAMPLES * EARLY
 HALF = 4096
 #: A bin is at least 2 to the power of this wide: its inverse is still a float32.
 _LEAST_EXPONENT = -100
-#: What a histogram looks for.
-SEARCHES = ("histogram", "percentile", "entropy")
+#: What a histogram looks for. ``share`` is chosen by corrections alone: ``percentile`` per cent of the way from 0 to
+#: the least and the greatest value.
+SEARCHES = ("histogram", "percentile", "entropy", "share")
 
 
 class HistogramObserver(UniformQuantizationObserverBase):
@@ -194,6 +195,8 @@ def chosen_range(observer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     steps = observer.quant_max - observer.quant_min
     if observer.search == "percentile":
         low, high = quantiles(found, observer.percentile)
+    elif observer.search == "share":
+        low, high = (min(found.low, 0.0) * observer.percentile / 100, max(found.high, 0.0) * observer.percentile / 100)
     elif observer.search == "entropy":
         low, high = least_divergence(found, steps, symmetric=symmetric)
     else:

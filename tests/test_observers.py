@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from lightning_quant import CalibrationError, QuantConfig, TensorSpec, native, prepare
 from lightning_quant._torch_ao import HistogramObserver as TorchHistogramObserver
 from lightning_quant.demo import Digits
-from lightning_quant.observers import HALF, PARTS, SAMPLES, HistogramObserver, coarser, merge
+from lightning_quant.observers import HALF, PARTS, SAMPLES, SEARCHES, HistogramObserver, coarser, merge
 from lightning_quant.range_search import Counts, least_error
 
 DATA: dict[str, Any] = {
@@ -269,7 +269,14 @@ def test_before_anything_was_seen() -> None:
     assert (scale.item(), zero_point.item()) == (1.0, 0)
 
 
-@pytest.mark.parametrize("search", ["histogram", "percentile", "entropy"])
+def test_a_share_of_the_way_to_the_ends() -> None:
+    scale, zero_point = observer(torch.tensor([-1.0, 0.5, 3.0]), search="share", percentile=75.0).calculate_qparams()
+    assert (scale.item(), zero_point.item()) == (pytest.approx(0.75 * 4 / 255), 64)
+    scale, zero_point = observer(torch.tensor([1.0, 2.0]), search="share", percentile=50.0).calculate_qparams()
+    assert (scale.item(), zero_point.item()) == (pytest.approx(1 / 255), 0)
+
+
+@pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("name", DATA)
 def test_every_search_gives_a_range_for_everything(search: str, name: str) -> None:
     x = DATA[name]()

@@ -27,10 +27,11 @@ from lightning_quant.backends.graph import observers as observers_of
 from lightning_quant.corrections.recording import Calls, changed, note
 from lightning_quant.errors import ConfigError
 
-#: What is tried of each histogram: how the range is searched, and the percentile. The last one is minimum and maximum.
+#: What is tried of each histogram: how the range is searched, and the percentile. The last ones are minimum and
+#: maximum, and shares of them: counts are of samples, which may lack the few values that are far away.
 CANDIDATES: tuple[tuple[str, float], ...] = (
     ("histogram", 99.99), ("percentile", 99.9), ("percentile", 99.99), ("percentile", 99.999), ("entropy", 99.99),
-    ("percentile", 100.0),
+    ("percentile", 100.0), ("share", 95.0), ("share", 90.0), ("share", 80.0),
 )  # fmt: skip
 
 
