@@ -28,9 +28,9 @@ _LARGER, _FINENESS = 1 / 16, 1 / 4
 _EXACT = 2.0
 
 
-def none(device: torch.device | None = None) -> torch.Tensor:
+def none() -> torch.Tensor:
     """Of a tensor that was not seen: ``(0,)``, float32."""
-    return torch.zeros(0, device=device)
+    return torch.zeros(0)
 
 
 def is_many(levels: torch.Tensor) -> bool:

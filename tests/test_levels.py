@@ -87,6 +87,15 @@ def test_three_colours_normalized_apart() -> None:
     assert error(x, rounded(x, made)) < 0.9 * error(x, least_and_most(x))
 
 
+def test_a_white_pixel_that_is_in_no_sample_has_its_place() -> None:
+    x = (photo() * 0.7).floor().contiguous() / 255
+    x.view(-1)[123_457] = 1.0
+    made = observer(x)
+    assert made.levels.max() < 0.75
+    assert rounded(torch.ones(1), made).item() == pytest.approx(1.0, abs=1 / 255)
+    assert error(x, rounded(x, made)) < 1e-14
+
+
 @pytest.mark.parametrize(("dtype", "low", "high"), [(torch.qint8, -128, 127), (torch.quint8, 0, 255)])
 def test_symmetric_ranges(dtype: torch.dtype, low: int, high: int) -> None:
     x = photo() / 127.5 - 1

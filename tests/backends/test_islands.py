@@ -479,7 +479,11 @@ def test_an_average_of_all_positions_has_a_range_of_its_own(name: str, backend: 
 @pytest.mark.parametrize("backend", ["fx", "eager"])
 def test_the_average_of_a_gate_stays_int8(backend: Any) -> None:
     """Its large input is in int8 for the product, and would be dequantized for the average alone."""
-    gate = lambda self, x: self.c((y := self.a(x)) * torch.sigmoid(self.b(self.pool(y))))  # noqa: E731
+
+    def gate(self: Any, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x)
+        return self.c(y * torch.sigmoid(self.b(self.pool(y))))
+
     model, x = convs(gate, b=nn.Conv2d(4, 4, 1), pool=nn.AdaptiveAvgPool2d(1))
     prepared = prepare(model, QuantConfig(backend=backend), method="static", example_inputs=x)
     with torch.no_grad():
